@@ -40,6 +40,8 @@ class MuonConfig:
     """Decoupled weight decay of the matrices."""
     adjust_lr: Literal["original", "match_rms_adamw"] = "original"
     """How the shape of a matrix scales the learning rate."""
+    exclude: list[str] = field(default_factory=list)
+    """Globs of names of further matrices that AdamW trains, beside embeddings and output. Each must match something."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Check the code and run the tests: scripts/test.sh [pytest arguments]
+#
+# Sets up what is missing (as run_train.sh does), then runs ruff, mypy and pytest over tests/unit and tests/distributed, and
+# over tests/gpu where there is a CUDA device. Paths among the arguments take the place of these folders. All of the checks
+# run, even after one has failed; the exit code is 1 if any did.
+set -euo pipefail
+
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+source "$REPO/scripts/setup_env.sh"
+setup_environment dev
+cd "$REPO"
+
+FAILED=()
+check() { # NAME COMMAND...
+    local name="$1"
+    shift
+    echo "== $name"
+    "$@" || FAILED+=("$name")
+}
+
+PATHS=(tests/unit tests/distributed)
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    PATHS+=(tests/gpu)
+fi
+for word in "$@"; do
+    if [[ -e "${word%%::*}" ]]; then
+        PATHS=()
+    fi
+done
+
+# Several processes at a time share the cores in the distributed tests.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+check "ruff check" "$PYTHON" -m ruff check .
+check "ruff format" "$PYTHON" -m ruff format --check .
+check "mypy" "$PYTHON" -m mypy
+check "pytest" "$PYTHON" -m pytest ${PATHS[@]+"${PATHS[@]}"} "$@"
+
+if ((${#FAILED[@]})); then
+    printf 'FAILED: %s\n' "${FAILED[@]}" >&2
+    exit 1
+fi
+echo "All checks passed."

@@ -1,0 +1,69 @@
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import RankFailedError, run_distributed
+
+
+def _sum_of_ranks(offset: int) -> torch.Tensor:
+    value = torch.tensor([dist.get_rank() + offset])
+    dist.all_reduce(value)
+    return value
+
+
+def _fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise KeyError("a key nobody has")
+    dist.barrier()
+
+
+def _exit_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(3)
+    dist.barrier()
+
+
+def _hang_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(60)
+
+
+def _leave_early() -> int:
+    return dist.get_rank()
+
+
+def _return_large() -> torch.Tensor:
+    return torch.full((1_000_000,), float(dist.get_rank()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_results_come_back_by_rank(world_size: int) -> None:
+    total = sum(range(world_size)) + 5 * world_size
+    assert run_distributed(_sum_of_ranks, world_size, 5) == [torch.tensor([total])] * world_size
+    assert run_distributed(_leave_early, world_size) == list(range(world_size))
+
+
+def test_large_tensors_come_back() -> None:
+    results = run_distributed(_return_large, 2)
+    assert [r.mean().item() for r in results] == [0.0, 1.0]
+
+
+def test_failure_names_rank_and_traceback_without_waiting_for_others() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankFailedError, match=r"(?s)rank 1 failed.*_fail_on.*a key nobody has"):
+        run_distributed(_fail_on, 2, 1)
+    assert time.monotonic() - begin < 30
+
+
+def test_death_names_rank_and_exit_code() -> None:
+    with pytest.raises(RankFailedError, match="rank 1 failed: died without a report, exit code 3"):
+        run_distributed(_exit_on, 2, 1)
+
+
+def test_timeout_names_ranks_and_their_stacks() -> None:
+    # Rank 0 waits in the final barrier for rank 1.
+    with pytest.raises(RankFailedError, match=r"(?s)ranks \[0, 1\] of 2 did not finish within 4.0 s.*_hang_on"):
+        run_distributed(_hang_on, 2, 1, timeout=4.0)

@@ -1,0 +1,165 @@
+"""Checks that need the model, the tokenizer or the data sets, and the one report of everything that is wrong."""
+
+import dataclasses
+import logging
+import re
+
+import pytest
+
+from models import registry
+from models.llama3.args import FLAVORS
+from trainer.config.errors import ConfigError
+from trainer.config.manager import load_config
+from trainer.preflight import OPTIMIZER_NAMES, check
+
+
+def problems_of(*argv, world_size=None):
+    try:
+        check(load_config(argv), world_size)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_defaults_are_in_order():
+    assert problems_of(world_size=1) == []
+
+
+def test_optimizer_names_are_those_of_the_table():
+    from trainer.components.optimizer import get_optimizer_builder
+
+    for name in OPTIMIZER_NAMES:
+        get_optimizer_builder(name)
+    with pytest.raises(ValueError, match="Known are") as caught:
+        get_optimizer_builder("no such optimizer")
+    listed = re.search(r"Known are ([\w, ]+),", str(caught.value))
+    assert set(listed.group(1).split(", ")) == set(OPTIMIZER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--model.name=lama3"], ["model.name = lama3", "llama3"]),
+        (["--model.flavor=8b"], ["model.flavor = 8b", "8B"]),
+        (["--optimizer.name=adamw"], ["optimizer.name = adamw", "Did you mean AdamW?", "Muon"]),
+        (["--training.dataset=stdlb"], ["training.dataset = stdlb", "stdlib"]),
+        (["--training.dataset=text"], ["training.dataset = text", "set training.dataset_path"]),
+        (["--validation.enable", "--validation.dataset=text"], ["set validation.dataset_path"]),
+        (["--data.sources", '[{dataset = "text"}]'], ["data.sources, item 1", "set path in this item"]),
+        (["--training.dataset=text", "--training.dataset_path=/no/where"], ["/no/where"]),
+        (["--validation.enable", "--validation.dataset=stdlb"], ["validation.dataset = stdlb"]),
+        (["--data.sources", '[{dataset = "stdlib"}, {dataset = "stdlb"}]'], ["data.sources, item 2", "stdlb"]),
+        (["--model.hf_assets_path=/no/where"], ["model.hf_assets_path = /no/where", "does not exist"]),
+        (["--experimental.custom_import=no.such.module"], ["no.such.module", "PYTHONPATH"]),
+        (["--experimental.custom_import=.relative"], ["no such module"]),
+    ],
+)
+def test_name_or_path_that_does_not_exist_is_refused(argv, expected):
+    (problem,) = problems_of(*argv)
+    for word in expected:
+        assert word in problem
+    assert problem.endswith("[command line]")
+
+
+def test_validation_data_set_counts_only_when_validation_is_on():
+    assert problems_of("--validation.dataset=stdlb") == []
+
+
+@pytest.mark.parametrize("argument", ["--model.name=mine", "--optimizer.name=mine", "--training.dataset=mine"])
+def test_names_are_left_to_a_module_that_may_register_them(argument, monkeypatch, tmp_path):
+    (tmp_path / "my_module.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert problems_of(argument, "--experimental.custom_import=my_module") == []
+    assert len(problems_of(argument)) == 1
+
+
+def test_module_in_a_package_is_found_without_importing_the_package(monkeypatch, tmp_path):
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "my_package" / "extras.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert problems_of("--experimental.custom_import=my_package.extras") == []
+    (problem,) = problems_of("--experimental.custom_import=my_package.other")
+    assert "no such module" in problem
+    (problem,) = problems_of("--experimental.custom_import=my_package.extras.deeper")
+    assert "no such module" in problem
+
+
+def test_vocabulary_smaller_than_the_tokenizers_is_refused(monkeypatch):
+    small = {"tiny": dataclasses.replace(FLAVORS["debugmodel"], vocab_size=100)}
+    spec = dataclasses.replace(registry.get_model_spec("llama3"), name="small", flavors=small)
+    monkeypatch.setattr(registry, "_registered", {"small": spec})
+    (problem,) = problems_of("--model.name=small", "--model.flavor=tiny")
+    assert "vocab_size = 100" in problem
+    assert re.search(r"the tokenizer has 2\d\d tokens", problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class UncheckedArgs:
+    dim: int = 64
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    vocab_size: int = 4096
+    max_seq_len: int = 64
+    attn_mask_type: str = "causal"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (UncheckedArgs(dim=66), "dim = 66 must be a multiple of n_heads = 4"),
+        (UncheckedArgs(n_kv_heads=3), "n_heads = 4 must be a multiple of n_kv_heads = 3"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(monkeypatch, args, expected):
+    spec = dataclasses.replace(registry.get_model_spec("llama3"), name="odd", flavors={"odd": args})
+    monkeypatch.setattr(registry, "_registered", {"odd": spec})
+    (problem,) = problems_of("--model.name=odd", "--model.flavor=odd")
+    assert expected in problem
+
+
+def test_everything_is_reported_at_once_with_origins(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nstep = 1\nseq_len = 0\nglobal_batch_size = 7\n[model]\nflavor = '8b'\n")
+    problems = problems_of("--job.config_file", str(path), "--optimizer.name=adamw", "--debug.seed=x", world_size=2)
+    expected = [
+        f"{path}:2: unknown key training.step",
+        "command line: --debug.seed",
+        "training.seq_len = 0",
+        "training.global_batch_size = 7",
+        "optimizer.name = adamw",
+        "model.flavor = 8b",
+    ]
+    assert len(problems) == len(expected)
+    for problem, start in zip(problems, expected, strict=True):
+        assert problem.startswith(start)
+    assert problems[2].endswith(f"[{path}:3]")
+    assert problems[5].endswith(f"[{path}:6]")
+
+
+def test_config_error_lists_each_problem_on_its_line():
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(["--training.steps=0", "--training.seq_len=0"]), None)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2 problems in the configuration:"
+    assert [line[:4] for line in lines[1:]] == ["  - "] * 2
+
+
+def test_warnings_are_logged_with_origins(caplog):
+    with caplog.at_level(logging.WARNING, logger="trainer.preflight"):
+        assert problems_of("--training.dataloader.persistent_workers", "--model.tokenizer_path=byte") == []
+    assert len(caplog.records) == 2
+    assert all("[command line]" in record.getMessage() for record in caplog.records)
+
+
+def test_warnings_are_not_logged_where_another_process_does(caplog):
+    with caplog.at_level(logging.WARNING, logger="trainer.preflight"):
+        check(load_config(["--training.dataloader.persistent_workers"]), None, log_warnings=False)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(("streaming", "expected"), [("false", 1), ("true", 0)])
+def test_download_of_a_whole_data_set_is_warned_about(caplog, streaming, expected):
+    with caplog.at_level(logging.WARNING, logger="trainer.preflight"):
+        assert problems_of("--training.dataset=c4", f"--data.streaming={streaming}") == []
+    assert len([r for r in caplog.records if "downloaded" in r.getMessage()]) == expected

@@ -1,0 +1,135 @@
+"""Settings of the schema that this version cannot honour: refused where they would change the result, else warned about.
+
+Whoever adds a feature deletes its lines here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from trainer.config.errors import Problem
+from trainer.config.fields import get_leaves, get_value
+from trainer.config.schema import JobConfig
+
+
+class Refusal(NamedTuple):
+    """A setting, which of its values cannot be honoured, and what to do instead."""
+
+    key: str
+    applies: Callable[[Any], bool]
+    reason: str
+
+
+def _is_parallel(degree: int) -> bool:
+    return degree > 1
+
+
+_USE_CUSTOM_IMPORT = (
+    "a user's config class cannot be merged. Register code of your own with experimental.custom_import."
+)
+
+REFUSED: tuple[Refusal, ...] = (
+    Refusal(
+        "parallelism.tensor_parallel_degree",
+        _is_parallel,
+        "tensor parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
+    ),
+    Refusal(
+        "parallelism.context_parallel_degree",
+        _is_parallel,
+        "context parallelism is not available yet. Use 1; activation_checkpoint.mode = full makes room for long sequences.",
+    ),
+    Refusal(
+        "parallelism.pipeline_parallel_degree",
+        _is_parallel,
+        "pipeline parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
+    ),
+    Refusal("parallelism.expert_parallel_degree", _is_parallel, "no model with experts is available yet. Use 1."),
+    Refusal(
+        "parallelism.expert_tensor_parallel_degree", _is_parallel, "no model with experts is available yet. Use 1."
+    ),
+    Refusal("parallelism.enable_async_tensor_parallel", bool, "tensor parallelism is not available yet. Use false."),
+    Refusal("model.converters", bool, "no conversion (float8, MX) is available yet. Use [] to train in bfloat16."),
+    Refusal("fault_tolerance.enable", bool, "TorchFT is not supported. Use checkpoint.enable, and restart."),
+    Refusal(
+        "memory_estimation.enable",
+        bool,
+        "the memory estimator is not available yet. Run a few steps: the log shows the peak.",
+    ),
+    Refusal(
+        "comm.mode", lambda mode: mode != "default", "dry-run modes are not available. Use default on one process."
+    ),
+    Refusal(
+        "optimizer.early_step_in_backward",
+        bool,
+        "an update inside the backward pass would turn gradient clipping off. Use false.",
+    ),
+    Refusal("job.custom_config_module", bool, _USE_CUSTOM_IMPORT),
+    Refusal("experimental.custom_args_module", bool, _USE_CUSTOM_IMPORT),
+    Refusal(
+        "checkpoint.initial_load_in_hf",
+        bool,
+        "starting from Hugging Face weights is not available yet. Use false and a checkpoint in the native format.",
+    ),
+    Refusal(
+        "checkpoint.initial_load_in_hf_quantized",
+        bool,
+        "starting from quantized Hugging Face weights is not available yet. Use false.",
+    ),
+    Refusal(
+        "checkpoint.last_save_in_hf",
+        bool,
+        "saving in the Hugging Face format is not available yet. Use false; the checkpoint can be converted later.",
+    ),
+    Refusal(
+        "checkpoint.async_mode",
+        lambda mode: mode == "async_with_pinned_mem",
+        "saving through pinned memory is not available yet. Use async.",
+    ),
+)
+
+WITHOUT_EFFECT: dict[str, str] = {
+    "checkpoint.enable_ft_dataloader_checkpoints": "there are no TorchFT replicas; every checkpoint has the data position.",
+    "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
+    "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
+    "model.print_after_conversion": "there are no conversions yet.",
+    "parallelism.disable_loss_parallel": "there is no tensor parallelism yet.",
+    "parallelism.module_fqns_per_model_part": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_layers_per_stage": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_schedule": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_schedule_csv": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_microbatch_size": "there is no pipeline parallelism yet.",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": "there is no pipeline parallelism yet.",
+    "parallelism.context_parallel_load_balancer": "there is no context parallelism yet.",
+    "parallelism.context_parallel_rotate_method": "there is no context parallelism yet.",
+    "parallelism.expert_parallel_comm_backend": "there is no model with experts yet.",
+    "debug.moe_force_load_balance": "there is no model with experts yet.",
+    "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
+}
+"""Settings that change nothing, so that a value other than the default gets a warning with this reason."""
+
+SILENT: frozenset[str] = frozenset(
+    key for key in get_leaves() if key.startswith(("quantize.", "fault_tolerance.")) and key != "fault_tolerance.enable"
+)
+"""Settings of features that another key switches on and that is refused: alone, they change nothing anywhere."""
+
+
+def find_refusals(config: JobConfig) -> Iterator[Problem]:
+    """Settings that ask for what this version does not have."""
+    for refusal in REFUSED:
+        value = get_value(config, refusal.key)
+        if refusal.applies(value):
+            yield Problem(f"{refusal.key} = {_show(value)}: {refusal.reason}", (refusal.key,))
+
+
+def find_settings_without_effect(config: JobConfig) -> Iterator[Problem]:
+    """Settings away from their default that change nothing."""
+    for key, reason in WITHOUT_EFFECT.items():
+        value = get_value(config, key)
+        if value != get_leaves()[key].default:
+            yield Problem(f"{key} = {_show(value)} has no effect: {reason}", (key,))
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

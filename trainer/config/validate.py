@@ -1,0 +1,291 @@
+"""What is wrong with a configuration in itself: ranges, and settings that do not go together.
+
+Imports no torch, and looks at nothing but the configuration, the number of processes and the file system.
+What depends on the model, the tokenizer or the data set is checked by `trainer.preflight`.
+"""
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from trainer.config.errors import Problem
+from trainer.config.fields import format_choices, get_value, suggest
+from trainer.config.ranges import find_range_problems
+from trainer.config.schema import JobConfig
+from trainer.config.unavailable import find_refusals, find_settings_without_effect
+
+CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+
+_NOT_EMPTY = (
+    "job.dump_folder",
+    "profiling.save_traces_folder",
+    "profiling.save_memory_snapshot_folder",
+    "metrics.save_tb_folder",
+    "model.name",
+    "model.flavor",
+    "model.hf_assets_path",
+    "optimizer.name",
+    "training.dataset",
+    "data.cache_dir",
+    "data.text_key",
+    "data.split",
+    "checkpoint.folder",
+    "compile.backend",
+    "comm.save_traces_folder",
+    "validation.dataset",
+)
+
+_PARALLEL_DEGREES = (
+    "parallelism.data_parallel_replicate_degree",
+    "parallelism.data_parallel_shard_degree",
+    "parallelism.context_parallel_degree",
+    "parallelism.tensor_parallel_degree",
+    "parallelism.pipeline_parallel_degree",
+)
+
+
+def find_problems(
+    config: JobConfig, *, world_size: int | None, broken_keys: Collection[str] = ()
+) -> tuple[list[Problem], list[Problem]]:
+    """Everything that keeps the configuration from being run, and everything that is only worth a warning.
+
+    Args:
+        config: the configuration.
+        world_size: number of processes; None leaves out the rules about it.
+        broken_keys: settings whose value could not be read, so that `config` has another: what involves them is left out.
+
+    Returns:
+        Problems and warnings.
+    """
+    problems = [*find_range_problems(config), *find_refusals(config)]
+    # A rule about several settings would only repeat, confusingly, that one of them is wrong in itself.
+    wrong_alone = {key for problem in problems for key in problem.keys} | set(broken_keys)
+    for rule in _RULES:
+        problems.extend(p for p in rule(config) if not wrong_alone.intersection(p.keys))
+    if world_size is not None and not wrong_alone.intersection(_PARALLEL_DEGREES):
+        batch = find_degree_problems(config, world_size)
+        problems.extend(batch or find_batch_problems(config, world_size, wrong_alone))
+    warnings = [*find_settings_without_effect(config)]
+    for rule in _WARNING_RULES:
+        warnings.extend(rule(config))
+
+    def readable(found: list[Problem]) -> list[Problem]:
+        return [p for p in found if not set(broken_keys).intersection(p.keys)]
+
+    return readable(problems), [w for w in readable(warnings) if not wrong_alone.intersection(w.keys)]
+
+
+def find_degree_problems(config: JobConfig, world_size: int) -> list[Problem]:
+    """Parallel degrees whose product is not the number of processes."""
+    degrees = {key: get_value(config, key) for key in _PARALLEL_DEGREES}
+    shard_key = "parallelism.data_parallel_shard_degree"
+    product = 1
+    for key, degree in degrees.items():
+        product *= 1 if key == shard_key and degree == -1 else degree
+    written = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree != 1)
+    if degrees[shard_key] == -1:
+        if world_size % product:
+            message = (
+                f"{written}: the other degrees multiply to {product}, which does not divide the {world_size} processes. "
+                f"Lower a degree, or start a multiple of {product} processes."
+            )
+            return [Problem(message, _PARALLEL_DEGREES)]
+    elif product != world_size:
+        message = (
+            f"{written or 'all parallel degrees = 1'}: they multiply to {product}, but there are {world_size} processes. "
+            f"Set {shard_key} = -1 to take what the others leave, or start {product} processes (NGPU={product})."
+        )
+        return [Problem(message, _PARALLEL_DEGREES)]
+    return []
+
+
+def find_batch_problems(config: JobConfig, world_size: int, wrong_alone: Collection[str]) -> list[Problem]:
+    """A global batch that does not come out even over the data-parallel ranks."""
+    keys = ("training.global_batch_size", "training.local_batch_size")
+    section, training = config.parallelism, config.training
+    not_data = section.context_parallel_degree * section.tensor_parallel_degree * section.pipeline_parallel_degree
+    ranks = world_size // not_data
+    in_one_pass = training.local_batch_size * ranks
+    if training.global_batch_size == -1 or set(wrong_alone).intersection(keys):
+        return []
+    if training.global_batch_size % in_one_pass == 0:
+        return []
+    below = training.global_batch_size // in_one_pass * in_one_pass
+    near = [str(n) for n in (below, below + in_one_pass) if n > 0]
+    message = (
+        f"training.global_batch_size = {training.global_batch_size}: must be a multiple of training.local_batch_size "
+        f"x data-parallel ranks = {training.local_batch_size} x {ranks} = {in_one_pass}. Use {format_choices(near)}, "
+        "or another local batch size."
+    )
+    return [Problem(message, keys)]
+
+
+def _check_not_empty(config: JobConfig) -> Iterator[Problem]:
+    for key in _NOT_EMPTY:
+        if not get_value(config, key).strip():
+            yield Problem(f'{key} = "": must not be empty.', (key,))
+
+
+def _check_job(config: JobConfig) -> Iterator[Problem]:
+    folder = Path(config.job.dump_folder)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    key = "job.dump_folder"
+    if not existing.is_dir():
+        yield Problem(f"{key} = {folder}: {existing} is a file. Name a folder.", (key,))
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem(f"{key} = {folder}: no permission to write in {existing}. Name another folder.", (key,))
+    save_key, save_file = "job.save_config_file", config.job.save_config_file
+    if save_file is not None and not save_file.strip():
+        yield Problem(f'{save_key} = "": must not be empty. Leave it out: config.toml is always written.', (save_key,))
+
+
+def _check_profiling(config: JobConfig) -> Iterator[Problem]:
+    section = config.profiling
+    needed = section.profiler_warmup + section.profiler_active
+    if section.enable_profiling and section.profile_freq < needed:
+        message = (
+            f"profiling.profile_freq = {section.profile_freq}: must be at least profiler_warmup + profiler_active = "
+            f"{section.profiler_warmup} + {section.profiler_active} = {needed}."
+        )
+        keys = ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active")
+        yield Problem(message, keys)
+
+
+def _check_metrics(config: JobConfig) -> Iterator[Problem]:
+    for key, module, extra in (
+        ("metrics.enable_wandb", "wandb", "wandb"),
+        ("metrics.enable_tensorboard", "tensorboard", "tensorboard"),
+    ):
+        if get_value(config, key) and importlib.util.find_spec(module) is None:
+            message = f"{key} = true: the package {module} is not installed. Install it (pip install {extra}),"
+            yield Problem(f"{message} or set {key} = false.", (key,))
+
+
+def _check_optimizer(config: JobConfig) -> Iterator[Problem]:
+    for index, group in enumerate(config.optimizer.param_groups):
+        if not group.match.strip():
+            message = f"optimizer.param_groups, item {index + 1}: match is missing. It is a glob over parameter names."
+            yield Problem(message, ("optimizer.param_groups",))
+    if any(not pattern.strip() for pattern in config.optimizer.no_decay):
+        yield Problem("optimizer.no_decay: an empty pattern matches nothing. Leave it out.", ("optimizer.no_decay",))
+
+
+def _check_data(config: JobConfig) -> Iterator[Problem]:
+    for index, source in enumerate(config.data.sources):
+        if not source.dataset.strip():
+            message = f"data.sources, item {index + 1}: dataset is missing. It names the data set, as training.dataset."
+            yield Problem(message, ("data.sources",))
+    names = Counter(source.name or source.dataset for source in config.data.sources)
+    for name in (name for name, count in names.items() if count > 1 and name.strip()):
+        message = (
+            f"data.sources: several sources are called {name}. Give each its own name, to tell them apart in logs."
+        )
+        yield Problem(message, ("data.sources",))
+
+
+def _check_checkpoint(config: JobConfig) -> Iterator[Problem]:
+    section = config.checkpoint
+    if not section.enable:
+        # Each of these, ignored, would quietly start from random weights or write nothing.
+        wanted = {
+            "checkpoint.load_step": section.load_step != -1,
+            "checkpoint.initial_load_path": section.initial_load_path is not None,
+            "checkpoint.load_only": section.load_only,
+            "checkpoint.create_seed_checkpoint": section.create_seed_checkpoint,
+        }
+        for key in (key for key, is_set in wanted.items() if is_set):
+            message = f"{key} = {_show(get_value(config, key))}: needs checkpoint.enable = true, or leave it out."
+            yield Problem(message, (key, "checkpoint.enable"))
+    if section.last_save_in_hf and not section.last_save_model_only:
+        message = "checkpoint.last_save_in_hf = true: needs checkpoint.last_save_model_only = true."
+        yield Problem(message, ("checkpoint.last_save_in_hf", "checkpoint.last_save_model_only"))
+    if section.create_seed_checkpoint and section.load_only:
+        message = "checkpoint.create_seed_checkpoint = true: cannot save with checkpoint.load_only = true. Set one."
+        yield Problem(message, ("checkpoint.create_seed_checkpoint", "checkpoint.load_only"))
+    for part in section.exclude_from_loading:
+        if part not in CHECKPOINT_PARTS:
+            key = "checkpoint.exclude_from_loading"
+            near = suggest(part, CHECKPOINT_PARTS)
+            message = f"{key}: {part} is no part of a checkpoint.{near} Parts: {', '.join(CHECKPOINT_PARTS)}."
+            yield Problem(message, (key,))
+    if section.enable and section.initial_load_path is not None:
+        path = Path(section.initial_load_path)
+        if "://" not in section.initial_load_path and not path.is_dir():
+            key = "checkpoint.initial_load_path"
+            yield Problem(f"{key} = {path}: there is no such folder. Name the folder of one checkpoint.", (key,))
+
+
+def _check_compile(config: JobConfig) -> Iterator[Problem]:
+    if config.compile.enable and not config.compile.components:
+        keys = ("compile.components", "compile.enable")
+        yield Problem("compile.components = []: name model, loss or both, or set compile.enable = false.", keys)
+
+
+def _check_activation_checkpoint(config: JobConfig) -> Iterator[Problem]:
+    section = config.activation_checkpoint
+    key = "activation_checkpoint.mode"
+    if section.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
+        message = f"{key} = memory_budget: the compiler chooses what to recompute, so the model must be compiled. "
+        remedy = "Set compile.enable = true with model in compile.components, or another mode."
+        yield Problem(message + remedy, (key, "compile.enable", "compile.components"))
+    option = section.selective_ac_option
+    if option != "op" and not (option.isascii() and option.isdigit() and int(option) > 0):
+        key = "activation_checkpoint.selective_ac_option"
+        yield Problem(f"{key} = {option}: must be op or a number from 1 on, in quotes.", (key,))
+    if section.determinism_check not in ("default", "none"):
+        key = "activation_checkpoint.determinism_check"
+        near = suggest(section.determinism_check, ("default", "none"))
+        yield Problem(f"{key} = {section.determinism_check}: must be default or none.{near}", (key,))
+
+
+def _warn_schedule(config: JobConfig) -> Iterator[Problem]:
+    span, steps = config.lr_scheduler.total_steps, config.training.steps
+    if span is not None and span < steps:
+        message = (
+            f"lr_scheduler.total_steps = {span} is less than training.steps = {steps}: "
+            "the learning rate stays at its end value for the rest."
+        )
+        yield Problem(message, ("lr_scheduler.total_steps", "training.steps"))
+
+
+def _warn_misleading(config: JobConfig) -> Iterator[Problem]:
+    if config.data.sources and config.training.dataset_path is not None:
+        message = f"training.dataset_path = {config.training.dataset_path} has no effect: data.sources takes its place."
+        yield Problem(message, ("training.dataset_path", "data.sources"))
+    if config.debug.deterministic_warn_only and not config.debug.deterministic:
+        message = "debug.deterministic_warn_only = true has no effect without debug.deterministic = true."
+        yield Problem(message, ("debug.deterministic_warn_only", "debug.deterministic"))
+    checkpoint = config.checkpoint
+    if checkpoint.enable and checkpoint.last_save_model_only and not checkpoint.load_only:
+        message = (
+            "checkpoint.last_save_model_only = true: the last checkpoint has the weights alone, so that the run cannot be "
+            "prolonged from it. Set false to be able to."
+        )
+        yield Problem(message, ("checkpoint.last_save_model_only",))
+    budget = config.activation_checkpoint
+    if budget.visualize_memory_budget_pareto and budget.mode != "memory_budget":
+        key = "activation_checkpoint.visualize_memory_budget_pareto"
+        yield Problem(f"{key} = true has no effect without mode = memory_budget.", (key, "activation_checkpoint.mode"))
+
+
+def _show(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+Rule = Callable[[JobConfig], Iterator[Problem]]
+
+_RULES: tuple[Rule, ...] = (
+    _check_not_empty,
+    _check_job,
+    _check_profiling,
+    _check_metrics,
+    _check_optimizer,
+    _check_data,
+    _check_checkpoint,
+    _check_compile,
+    _check_activation_checkpoint,
+)
+
+_WARNING_RULES: tuple[Rule, ...] = (_warn_schedule, _warn_misleading)

@@ -1,0 +1,168 @@
+"""Degrees of every parallelism, and the one owner of the device meshes made from them."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trainer.config.schema_parallel import ParallelismConfig
+
+logger = logging.getLogger(__name__)
+
+_KEYS = {
+    "pp": "parallelism.pipeline_parallel_degree",
+    "dp_replicate": "parallelism.data_parallel_replicate_degree",
+    "dp_shard": "parallelism.data_parallel_shard_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+}
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Degrees of the parallelisms, resolved, and the meshes of the process group.
+
+    Ranks are numbered with pp outermost, then dp_replicate, dp_shard, cp, and tp innermost, where the network is fastest.
+
+    Raises:
+        ValueError: a degree is below 1, or their product is not the number of processes.
+    """
+
+    world_size: int
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    _meshes: dict[str, DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        degrees = self._degrees()
+        for name, degree in degrees.items():
+            if degree < 1:
+                raise ValueError(f"{_KEYS[name]} = {degree} must be 1 or more")
+        if prod(degrees.values()) != self.world_size:
+            product = " * ".join(f"{_KEYS[name]} ({degree})" for name, degree in degrees.items())
+            raise ValueError(
+                f"{product} = {prod(degrees.values())}, but there are {self.world_size} processes: "
+                f"set {_KEYS['dp_shard']} = -1 to shard over all that the other degrees leave"
+            )
+
+    @classmethod
+    def from_config(cls, parallelism: ParallelismConfig, world_size: int) -> "ParallelDims":
+        """Resolve the degrees for `world_size` processes; a shard degree of -1 takes what the others leave.
+
+        Raises:
+            ValueError: the degrees do not fit the number of processes.
+        """
+        dp_shard = parallelism.data_parallel_shard_degree
+        others = {
+            "dp_replicate": parallelism.data_parallel_replicate_degree,
+            "cp": parallelism.context_parallel_degree,
+            "tp": parallelism.tensor_parallel_degree,
+            "pp": parallelism.pipeline_parallel_degree,
+        }
+        if dp_shard == -1:
+            taken = prod(others.values())
+            if taken < 1 or world_size % taken != 0:
+                product = " * ".join(f"{_KEYS[name]} ({degree})" for name, degree in others.items())
+                raise ValueError(
+                    f"{product} = {taken} does not divide the {world_size} processes, "
+                    f"so {_KEYS['dp_shard']} = -1 has no whole number to become: change a degree or the number of processes"
+                )
+            dp_shard = world_size // taken
+        return cls(world_size=world_size, dp_shard=dp_shard, **others)
+
+    def _degrees(self) -> dict[str, int]:
+        return {
+            "pp": self.pp,
+            "dp_replicate": self.dp_replicate,
+            "dp_shard": self.dp_shard,
+            "cp": self.cp,
+            "tp": self.tp,
+        }
+
+    @property
+    def dp_degree(self) -> int:
+        """Number of groups of ranks that see different data."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the `dp_degree` parts of each batch this rank reads."""
+        return self.dp_rank_of(dist.get_rank() if dist.is_initialized() else 0)
+
+    def dp_rank_of(self, rank: int) -> int:
+        """Which part of each batch the process `rank` reads."""
+        return rank // (self.tp * self.cp) % self.dp_degree
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which FSDP shards weights: those of context parallelism, which hold the same weights, too."""
+        return self.dp_shard * self.cp
+
+    def build_mesh(self, device_type: str) -> None:
+        """Make the meshes. Collective: all ranks call it. Without a process group (one process) there are none.
+
+        `mesh(name)` then knows, for weights: `pp`, `dp_replicate`, `fsdp` (dp_shard * cp), `tp`, and `hsdp`, the 2-D
+        (dp_replicate, fsdp); for data: `dp` (ranks that see different data), `cp`, and `loss` (dp * cp: ranks whose losses
+        add up). Axes of degree 1 are left out, `fsdp`, `dp` and `loss` excepted, for each costs a process group per rank.
+        """
+        assert not self._meshes, "the meshes exist already"
+        if not dist.is_initialized():
+            assert self.world_size == 1, "several processes need a process group"
+            return
+        world = init_device_mesh(device_type, (self.world_size,), mesh_dim_names=("world",))
+        # Two views of the same ranks: weights do not care which rank reads what, data does not care who holds which weight.
+        weights = self._add_view(world, pp=self.pp, dp_replicate=self.dp_replicate, fsdp=self.fsdp, tp=self.tp)
+        if self.dp_replicate > 1:
+            self._meshes["hsdp"] = weights["dp_replicate", "fsdp"]
+            self._meshes["loss"] = self._meshes["hsdp"]._flatten("loss")
+        else:
+            self._meshes["loss"] = self._meshes["fsdp"]
+        if self.cp > 1:
+            self._add_view(world, pp=self.pp, dp=self.dp_degree, cp=self.cp, tp=self.tp)
+        else:
+            self._meshes["dp"] = self._meshes["loss"]
+
+    def _add_view(self, world: DeviceMesh, **degrees: int) -> DeviceMesh:
+        """Cut the ranks into these axes, outermost first, and remember each axis that is new."""
+        kept = {name: degree for name, degree in degrees.items() if degree > 1 or name in ("fsdp", "dp")}
+        view = world._unflatten(0, tuple(kept.values()), tuple(kept))
+        for name in kept:
+            self._meshes.setdefault(name, view[name])
+        return view
+
+    @property
+    def has_mesh(self) -> bool:
+        """Whether there are meshes. False in one process without a process group."""
+        return bool(self._meshes)
+
+    def mesh(self, name: str) -> DeviceMesh:
+        """Return the mesh of that name; `build_mesh` lists them.
+
+        Raises:
+            KeyError: no such mesh in this run, since its degree is 1 or `build_mesh` was not called.
+        """
+        if name not in self._meshes:
+            raise KeyError(f"no mesh {name!r}: this run has {', '.join(self._meshes) or 'none'}; see {self!r}")
+        return self._meshes[name]
+
+    def loss_group(self) -> dist.ProcessGroup | None:
+        """Group of the ranks over which losses and token counts are summed; None without a process group."""
+        return self.mesh("loss").get_group() if self.has_mesh else None
+
+    def groups(self) -> Iterator[dist.ProcessGroup]:
+        """Yield each process group of this rank once, the world's first."""
+        if not dist.is_initialized():
+            return
+        seen = set()
+        candidates = [dist.group.WORLD, *(group for mesh in self._meshes.values() for group in mesh.get_all_groups())]
+        for group in candidates:
+            assert group is not None, "the default process group exists"
+            if group.group_name not in seen:
+                seen.add(group.group_name)
+                yield group

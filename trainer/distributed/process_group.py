@@ -1,0 +1,91 @@
+"""The process group: backend, timeouts and flight recorder."""
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from trainer.config.schema_parallel import CommConfig
+from trainer.distributed.parallel_dims import ParallelDims
+
+logger = logging.getLogger(__name__)
+
+
+def init_process_group(
+    *,
+    comm: CommConfig,
+    device_type: str,
+    dump_folder: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    needs_cpu_backend: bool = False,
+) -> None:
+    """Start the process group, with the long timeout that set-up and compilation need.
+
+    One process needs no launcher. Several are found by the variables that torchrun sets (MASTER_ADDR, MASTER_PORT).
+    On CUDA the device must be set before. `needs_cpu_backend` adds gloo for tensors in host memory: CPU offload and
+    asynchronous checkpoints.
+    """
+    if comm.trace_buf_size > 0:
+        _enable_flight_recorder(comm, Path(dump_folder))
+    backend = get_backend(device_type, needs_cpu_backend)
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+
+
+def get_backend(device_type: str, needs_cpu_backend: bool = False) -> str:
+    """Return torch.distributed's backend string for tensors on `device_type`, and on the CPU too where needed.
+
+    Raises:
+        ValueError: no backend for this device type.
+    """
+    if device_type == "cpu":
+        return "gloo"
+    if device_type == "cuda":
+        return "cpu:gloo,cuda:nccl" if needs_cpu_backend else "nccl"
+    raise ValueError(f"device type {device_type!r} has no communication backend here: cuda and cpu have")
+
+
+def set_timeouts(dims: ParallelDims, timeout_seconds: float) -> None:
+    """Give all groups of this process a new timeout: the short one, once the first steps of this process are done.
+
+    Collective. It waits for all ranks first, so that none still has a first step's slow collective under way.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    timeout = timedelta(seconds=timeout_seconds)
+    for group in dims.groups():
+        _set_pg_timeout(timeout, group)
+    logger.debug("collectives may now take %s s", timeout_seconds)
+
+
+def _enable_flight_recorder(comm: CommConfig, dump_folder: Path) -> None:
+    """Have NCCL keep its last collectives, and write them to the dump folder when one times out.
+
+    Variables that the user has set stay as they are. Both spellings are set: 2.11 reads the TORCH_NCCL_ names first in
+    places where later versions read TORCH_FR_.
+    """
+    folder = dump_folder / comm.save_traces_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = str(folder / comm.save_traces_file_prefix)
+    settings = {
+        "TORCH_FR_BUFFER_SIZE": str(comm.trace_buf_size),
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(comm.trace_buf_size),
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        # Abort the process on a timeout without tearing communicators down first: tear-down may hang, and lose the dump.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

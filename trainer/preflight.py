@@ -1,0 +1,216 @@
+"""Everything about a configuration that can be known before torch is loaded: the last stop before a run begins."""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from typing import Any, NamedTuple
+
+from models.registry import get_model_spec
+from trainer.components.data.sources import check_source_path, get_source_spec
+from trainer.components.tokenizer import build_tokenizer
+from trainer.config.errors import ConfigError, Problem
+from trainer.config.fields import suggest
+from trainer.config.manager import DEFAULT, LoadedConfig
+from trainer.config.schema import JobConfig
+from trainer.config.schema_training import TrainingConfig, ValidationConfig
+from trainer.config.validate import find_problems
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_NAMES = ("AdamW", "Adam", "Muon")
+"""Names in the optimizer table, which itself imports torch. A test compares the two."""
+
+
+def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = True) -> None:
+    """Logs the warnings about a loaded configuration, and raises all of its problems at once.
+
+    Args:
+        loaded: what `load_config` returned; its own problems come first.
+        world_size: number of processes; None leaves out the rules about it.
+        log_warnings: False where another process says them already.
+
+    Raises:
+        ConfigError: something is wrong.
+    """
+    problems, warnings = find_problems(loaded.config, world_size=world_size, broken_keys=loaded.broken_keys)
+    problems += [
+        problem
+        for problem in find_preflight_problems(loaded.config)
+        if not {key for p in problems for key in p.keys}.union(loaded.broken_keys).intersection(problem.keys)
+    ]
+    report = [*loaded.problems, *(_add_origins(problem, loaded.origins) for problem in problems)]
+    if log_warnings:
+        for warning in [*loaded.warnings, *warnings, *find_preflight_warnings(loaded.config)]:
+            logger.warning("%s", _add_origins(warning, loaded.origins))
+    if report:
+        raise ConfigError(report)
+
+
+def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
+    """What does not fit the model, the tokenizer, the data sets or the user's own module.
+
+    Names that the user's module (`experimental.custom_import`) may register are accepted: the module is not imported.
+    """
+    yield from _check_custom_import(config)
+    yield from _check_optimizer(config)
+    yield from _check_data_sets(config)
+    args, problems = _find_args(config)
+    yield from problems
+    if args is not None:
+        yield from _check_args(args, config)
+    yield from _check_tokenizer(args, config)
+
+
+def _add_origins(problem: Problem, origins: dict[str, str]) -> str:
+    """The problem's sentence, and where each of its settings was set."""
+    given = [origins[key] for key in problem.keys if origins.get(key, DEFAULT) != DEFAULT]
+    return f"{problem} [{', '.join(dict.fromkeys(given))}]" if given else str(problem)
+
+
+def _check_custom_import(config: JobConfig) -> Iterator[Problem]:
+    key, name = "experimental.custom_import", config.experimental.custom_import
+    if not name:
+        return
+    if not _is_importable(name):
+        message = f"{key} = {name}: no such module. It must be importable as `import {name}`:"
+        yield Problem(f"{message} start from the folder that holds it, or add that folder to PYTHONPATH.", (key,))
+
+
+def _is_importable(name: str) -> bool:
+    """Whether a module can be found. Unlike `importlib.util.find_spec` alone, this imports no parent package either."""
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return False
+    spec = importlib.util.find_spec(parts[0])
+    for end in range(2, len(parts) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(".".join(parts[:end]), list(spec.submodule_search_locations))
+    return spec is not None
+
+
+def _check_optimizer(config: JobConfig) -> Iterator[Problem]:
+    name = config.optimizer.name
+    if name not in OPTIMIZER_NAMES and not config.experimental.custom_import:
+        known = ", ".join(OPTIMIZER_NAMES)
+        message = f"optimizer.name = {name}: unknown optimizer.{suggest(name, OPTIMIZER_NAMES)} Known: {known}."
+        yield Problem(
+            f"{message} One of your own is registered by the module that experimental.custom_import names.",
+            ("optimizer.name",),
+        )
+
+
+class _DataSet(NamedTuple):
+    """A data set that the run reads, and the settings that name it."""
+
+    name: str
+    path: str | None
+    where: str
+    path_key: str
+    keys: tuple[str, ...]
+
+
+def _list_data_sets(config: JobConfig) -> Iterator[_DataSet]:
+    if config.data.sources:
+        for index, source in enumerate(config.data.sources):
+            where = f"data.sources, item {index + 1}: dataset = {source.dataset}"
+            yield _DataSet(source.dataset, source.path, where, "path in this item", ("data.sources",))
+    else:
+        yield _name_data_set("training", config.training)
+    if config.validation.enable:
+        yield _name_data_set("validation", config.validation)
+
+
+def _name_data_set(section_name: str, section: TrainingConfig | ValidationConfig) -> _DataSet:
+    key, path_key = f"{section_name}.dataset", f"{section_name}.dataset_path"
+    return _DataSet(section.dataset, section.dataset_path, f"{key} = {section.dataset}", path_key, (key, path_key))
+
+
+def _check_data_sets(config: JobConfig) -> Iterator[Problem]:
+    """Data sets with an unknown name, without the path that they need, or with a path where nothing is."""
+    for data_set in _list_data_sets(config):
+        if not data_set.name.strip():
+            continue  # said already
+        try:
+            spec = get_source_spec(data_set.name)
+        except ValueError as error:
+            if not config.experimental.custom_import:
+                yield Problem(f"{data_set.where}: {_sentence(error)}", data_set.keys)
+            continue
+        try:
+            check_source_path(spec, data_set.path)
+        except ValueError as error:
+            # The table of data sets does not know which of several keys the path comes from.
+            text = _sentence(error).replace("training.dataset_path", data_set.path_key)
+            yield Problem(f"{data_set.where}: {text}", data_set.keys)
+
+
+def find_preflight_warnings(config: JobConfig) -> Iterator[Problem]:
+    """What will work, but may surprise."""
+    if config.data.streaming:
+        return
+    for data_set in _list_data_sets(config):
+        try:
+            spec = get_source_spec(data_set.name)
+        except ValueError:
+            continue
+        if spec.on_hub and not data_set.path:
+            message = (
+                f"{data_set.where}: the whole data set is downloaded and tokenized before the first step, unless that was "
+                "done before. Set data.streaming = true to begin at once."
+            )
+            yield Problem(message, (*data_set.keys, "data.streaming"))
+
+
+def _find_args(config: JobConfig) -> tuple[Any, list[Problem]]:
+    """Args of the model, adapted to the run; or None, and why there are none."""
+    key = "model.name"
+    try:
+        spec = get_model_spec(config.model.name)
+        key = "model.flavor"
+        args = spec.get_args(config.model.flavor)
+    except ValueError as error:
+        if config.experimental.custom_import:
+            return None, []
+        return None, [Problem(f"{key} = {getattr(config.model, key[6:])}: {_sentence(error)}", (key,))]
+    keys = ("model.name", "model.flavor", "model.attn_mask_type", "training.seq_len", "validation.seq_len")
+    seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
+    try:
+        return dataclasses.replace(args, max_seq_len=seq_len, attn_mask_type=config.model.attn_mask_type), []
+    except ValueError as error:
+        return None, [Problem(f"model.name = {config.model.name}: {_sentence(error)}", keys)]
+
+
+def _check_args(args: Any, config: JobConfig) -> Iterator[Problem]:
+    """Head counts that do not divide, for families whose args do not check it themselves."""
+    keys = ("model.name", "model.flavor")
+    name = f"model.flavor = {config.model.flavor} of {config.model.name}"
+    heads, kv_heads = getattr(args, "n_heads", None), getattr(args, "n_kv_heads", None)
+    if heads and args.dim % heads and not getattr(args, "head_dim", None):
+        yield Problem(f"{name}: dim = {args.dim} must be a multiple of n_heads = {heads}.", keys)
+    if heads and kv_heads and heads % kv_heads:
+        yield Problem(f"{name}: n_heads = {heads} must be a multiple of n_kv_heads = {kv_heads}.", keys)
+
+
+def _check_tokenizer(args: Any, config: JobConfig) -> Iterator[Problem]:
+    key, path = "model.hf_assets_path", config.model.hf_assets_path
+    if not path.strip():
+        return
+    try:
+        tokenizer = build_tokenizer(path)
+    except (ValueError, OSError, ImportError) as error:
+        yield Problem(f"{key} = {path}: {_sentence(error)}", (key,))
+        return
+    if args is not None and tokenizer.vocab_size > args.vocab_size:
+        message = (
+            f"{key} = {path}: the tokenizer has {tokenizer.vocab_size} tokens, but model.flavor = {config.model.flavor} "
+            f"has vocab_size = {args.vocab_size}. Take a flavor with a vocabulary at least as large, or another tokenizer."
+        )
+        yield Problem(message, (key, "model.flavor"))
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."

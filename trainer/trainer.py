@@ -1,0 +1,369 @@
+"""The training loop. `Trainer` builds the parts of a run from its configuration and takes its steps."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.common.attention import attention_kernels, build_document_mask, describe_attention_kernel, get_slow_attention_reason
+from models.registry import ModelArgs, get_model_spec
+from trainer.components.checkpoint import CheckpointManager
+from trainer.components.data.build import build_dataloader, build_validation_loader
+from trainer.components.determinism import set_determinism
+from trainer.components.garbage_collection import GarbageCollection
+from trainer.components.loss import IGNORE_INDEX, LinearCrossEntropy
+from trainer.components.lr_scheduler import build_lr_scheduler
+from trainer.components.metrics import MetricsLogger, Workload
+from trainer.components.nonfinite import NonFiniteGuard
+from trainer.components.optimizer import build_optimizer
+from trainer.components.profiling import build_profiler
+from trainer.components.tokenizer import build_tokenizer
+from trainer.components.validation import Validator
+from trainer.config.schema import JobConfig
+from trainer.distributed.fsdp import choose_accumulation, reshard, set_gradient_sync
+from trainer.distributed.grad_norm import clip_grad_norm
+from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.process_group import init_process_group, set_timeouts
+from trainer.distributed.weight_init import init_weights
+from trainer.parallelize import parallelize
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What the launcher and the environment say about this process."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    wandb_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class TrainState:
+    """How far the run has come. Part of every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps taken, skipped ones included."""
+    tokens_seen: int = 0
+    """Tokens in the batches so far, over all ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the counters."""
+        self.step, self.tokens_seen = int(state["step"]), int(state["tokens_seen"])
+
+
+class Trainer(AbstractContextManager):
+    """One run: its parts, and the loop over steps. Use it in a `with` statement, which closes what the parts hold open."""
+
+    def __init__(self, config: JobConfig, launch: Launch) -> None:
+        """Build all parts. Collective: every rank calls it."""
+        self.config = config
+        self.launch = launch
+        self.dump_folder = Path(config.job.dump_folder)
+        self.seed = config.debug.seed or 0
+        self.state = TrainState()
+        self.dims = ParallelDims.from_config(config.parallelism, launch.world_size)
+        self.device = _use_device(launch.local_rank)
+        set_determinism(debug=config.debug, seed=self.seed, rank=launch.rank)
+
+        # Token files are made on first use, which can take longer than a collective may: hence before the process group.
+        self.tokenizer = build_tokenizer(config.model.hf_assets_path)
+        self.dataloader = self._build_dataloader()
+        self.validation_loader = self._build_validation_loader()
+        init_process_group(
+            comm=config.comm,
+            device_type=self.device.type,
+            dump_folder=self.dump_folder,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
+        )
+        self.dims.build_mesh(self.device.type)
+
+        self.model_args, self.model = self._build_model()
+        self.loss_fn = self._build_loss()
+        self.accumulation = choose_accumulation(
+            self.model, parallelism=config.parallelism, training=config.training, device=self.device
+        )
+        self.optimizers = build_optimizer(self.model, section=config.optimizer)
+        self.lr_scheduler = build_lr_scheduler(
+            self.optimizers, section=config.lr_scheduler, steps=config.training.steps
+        )
+        self.checkpointer = self._build_checkpointer()
+        self.nonfinite = NonFiniteGuard(
+            policy=config.training.nonfinite_policy,
+            max_skips=config.training.nonfinite_max_skips,
+            record_path=self.dump_folder / "nonfinite.jsonl",
+            is_writer=launch.rank == 0,
+        )
+        self.metrics = self._build_metrics()
+        self.validator = self._build_validator()
+        self.profiler = build_profiler(
+            section=config.profiling, dump_folder=self.dump_folder, rank=launch.rank, device=self.device
+        )
+        self.garbage_collection = GarbageCollection(freq=config.training.gc_freq, debug=config.training.gc_debug)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close what the parts hold open. After an error the process group is left alone: other ranks may not come along."""
+        self.garbage_collection.close()
+        self.dataloader.close()
+        self.metrics.close()
+        if kind is None:
+            dist.destroy_process_group()
+
+    # --- the loop ---
+
+    def train(self) -> None:
+        """Resume if there is something to resume from, then train up to `training.steps`.
+
+        Raises:
+            NonFiniteError: loss or gradient was not finite, and the policy says to stop.
+        """
+        config = self.config
+        with attention_kernels(self.device.type), self.profiler:
+            self._log_attention_kernel()
+            if config.checkpoint.create_seed_checkpoint:
+                self.checkpointer.save_seed()
+                return
+            if config.checkpoint.enable:
+                self.checkpointer.load()
+            self.metrics.begin(step=self.state.step, tokens_seen=self.state.tokens_seen)
+            first_step = self.state.step + 1
+            while self.state.step < config.training.steps:
+                self.train_step()
+                if self.state.step == first_step:
+                    # From here on no collective waits for compilation, whatever the step that the run began at.
+                    set_timeouts(self.dims, config.comm.train_timeout_seconds)
+                self._after_step()
+            self._settle_nonfinite()
+        self._finish()
+
+    def train_step(self) -> None:
+        """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
+        self.optimizers.zero_grad()
+        position = self.dataloader.position()
+        batches = [self._next_batch() for _ in range(self.dataloader.microbatches_per_step)]
+        valid_tokens = self._sum_over_ranks(sum_of([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]))
+        losses = [self._forward_backward(batch, valid_tokens, is_last=batch is batches[-1]) for batch in batches]
+        loss = self._sum_over_ranks(sum_of(losses))
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
+
+        self._settle_nonfinite()
+        self.state.step += 1
+        skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
+        self.checkpointer.maybe_wait_for_staging()
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.optimizers.step(skip)
+        self.lr_scheduler.step()
+        self.state.tokens_seen = self.metrics.tokens_seen
+        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr)
+
+    def _next_batch(self) -> dict[str, Tensor]:
+        """Return this rank's next microbatch, on its device."""
+        began = time.perf_counter()
+        batch = self.dataloader.next_batch()
+        self.metrics.add_data_wait(time.perf_counter() - began)
+        self.metrics.add_tokens(batch["tokens"].numel())
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _forward_backward(self, batch: dict[str, Tensor], valid_tokens: Tensor, *, is_last: bool) -> Tensor:
+        """Add the gradients of one microbatch. Return its part of the step's mean loss, 0-dim.
+
+        valid_tokens: 0-dim, the labels of the whole step over all ranks; gradients are summed over ranks and microbatches.
+        """
+        set_gradient_sync(
+            self.model,
+            is_last,
+            accumulation=self.accumulation,
+            reshard_after_forward=self.config.parallelism.fsdp_reshard_after_forward,
+        )
+        loss = self._summed_loss(batch) / valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def _summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch, summed over its valid labels on this rank."""
+        positions = batch.get("positions")
+        mask = None if positions is None else build_document_mask(positions, device_type=self.device.type)
+        return self.model(batch["tokens"], positions=positions, mask=mask, labels=batch["labels"], loss_fn=self.loss_fn)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum over the ranks that see different data. Nothing waits for it on the host."""
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.dims.loss_group())
+        return total
+
+    def _settle_nonfinite(self) -> None:
+        """Act on whether the step before was skipped, by now known to the host without a wait."""
+        if self.nonfinite.settle():
+            self.metrics.event("skip", self.state.step, skipped=self.nonfinite.total_skipped)
+
+    def _after_step(self) -> None:
+        """Do what is due between two steps: validation, checkpoint, traces, garbage collection."""
+        step, last = self.state.step, self.state.step == self.config.training.steps
+        if self.validator is not None and self.validator.should_run(step, last=last):
+            with self.metrics.pause():
+                loss, seconds = self.validator.run()
+                reshard(self.model)
+            self.metrics.event("validation", step, loss=loss, seconds=seconds)
+        if self.checkpointer.should_save(step, last):
+            # A checkpoint of a step that was not finite would be resumed from.
+            self._settle_nonfinite()
+            with self.metrics.pause():
+                self.checkpointer.save(step, last)
+            self.metrics.event("checkpoint", step, quiet=True)
+        self.profiler.step(step)
+        self.garbage_collection.step(step)
+
+    def _finish(self) -> None:
+        self.checkpointer.close()
+        self.metrics.close(checkpoint=self.checkpointer.folder if self.config.checkpoint.enable else None)
+
+    # --- the parts ---
+
+    def _build_dataloader(self) -> Any:
+        config = self.config
+        return build_dataloader(
+            training=config.training,
+            data=config.data,
+            attn_mask_type=config.model.attn_mask_type,
+            tokenizer=self.tokenizer,
+            dp_rank=self.dims.dp_rank_of(self.launch.rank),
+            dp_degree=self.dims.dp_degree,
+            seed=self.seed,
+            device_type=self.device.type,
+        )
+
+    def _build_validation_loader(self) -> Any:
+        config = self.config
+        if not config.validation.enable:
+            return None
+        return build_validation_loader(
+            validation=config.validation,
+            data=config.data,
+            attn_mask_type=config.model.attn_mask_type,
+            tokenizer=self.tokenizer,
+            dp_rank=self.dims.dp_rank_of(self.launch.rank),
+            dp_degree=self.dims.dp_degree,
+            device_type=self.device.type,
+        )
+
+    def _build_model(self) -> tuple[ModelArgs, nn.Module]:
+        """Build the network on the meta device, spread it over the ranks, and give it its first weights."""
+        config = self.config
+        spec = get_model_spec(config.model.name)
+        seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
+        args = dataclasses.replace(
+            spec.get_args(config.model.flavor), max_seq_len=seq_len, attn_mask_type=config.model.attn_mask_type
+        )
+        with torch.device("meta"):
+            model = spec.load_model_class()(args)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
+        parallelize(model, plan=spec.build_plan(args), dims=self.dims, config=config)
+        weight_device = torch.device("cpu") if config.training.enable_cpu_offload else self.device
+        init_weights(model, seed=self.seed, device=weight_device, buffer_device=self.device)
+        model.train()
+        logger.info("%s %s: %s parameters", config.model.name, config.model.flavor, f"{args.n_params():,}")
+        return args, model
+
+    def _build_loss(self) -> LinearCrossEntropy:
+        section = self.config.compile
+        compiled = section.enable and "loss" in section.components
+        return LinearCrossEntropy(
+            chunk_size=self.config.training.loss_chunk_size, compile_backend=section.backend if compiled else None
+        )
+
+    def _build_checkpointer(self) -> CheckpointManager:
+        section = self.config.checkpoint
+        states = {
+            "model": self.model,
+            "optimizer": self.optimizers,
+            "lr_scheduler": self.lr_scheduler,
+            "dataloader": self.dataloader,
+            "train_state": self.state,
+        }
+        return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder)
+
+    def _build_metrics(self) -> MetricsLogger:
+        config = self.config
+        seq_len = config.training.seq_len
+        return MetricsLogger(
+            section=config.metrics,
+            dump_folder=self.dump_folder,
+            rank=self.launch.rank,
+            device=self.device,
+            total_steps=config.training.steps,
+            workload=Workload(
+                world_size=self.launch.world_size,
+                dp_degree=self.dims.dp_degree,
+                flops_per_token=self.model_args.flops_per_token(seq_len, "causal"),
+                flops_per_token_full=self.model_args.flops_per_token(seq_len, "full"),
+            ),
+            wandb_variables=self.launch.wandb_variables,
+            run_config=dataclasses.asdict(config),
+        )
+
+    def _build_validator(self) -> Validator | None:
+        loader = self.validation_loader
+        if loader is None:
+            return None
+
+        def loss_of_batch(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            return self._summed_loss(batch), (batch["labels"] != IGNORE_INDEX).sum()
+
+        return Validator(
+            model=self.model,
+            batches=loader.epoch_batches,
+            loss_of_batch=loss_of_batch,
+            sum_over_ranks=self._sum_over_ranks,
+            freq=self.config.validation.freq,
+        )
+
+    def _log_attention_kernel(self) -> None:
+        """Say which attention kernel really runs, and warn of a slow one."""
+        training = self.config.training
+        dtype = getattr(torch, training.mixed_precision_param)
+        kernel = describe_attention_kernel(
+            self.model_args, batch=training.local_batch_size, seq=training.seq_len, device=self.device, dtype=dtype
+        )
+        logger.info("attention: %s", kernel)
+        reason = get_slow_attention_reason(kernel, self.device)
+        if reason is not None:
+            logger.warning("attention is slower than it could be: %s", reason)
+
+
+def sum_of(values: list[Tensor]) -> Tensor:
+    """Return the sum of 0-dim tensors."""
+    return torch.stack(values).sum()
+
+
+def _use_device(local_rank: int) -> torch.device:
+    """Return this process's device, made the current one: a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: more processes on this host than it has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"process {local_rank} of this host has no GPU: there are {count}. Start at most {count} (NGPU)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
