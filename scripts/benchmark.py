@@ -21,6 +21,7 @@ Exit code 0: all cases ran. 1: some failed; the end of their output is shown and
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -152,21 +153,29 @@ def _run_to_end(command: list[str], environment: dict[str, str], output: Any, ti
     try:
         return process.wait(timeout)
     except BaseException as error:
-        # An interrupt too must not leave the workers on the devices.
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        # torchrun gives its workers sessions of their own only on request, so this reaches what is left of them.
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        # An interrupt too must not leave workers on the devices. torchrun ends its own, by force after 30 s; they have
+        # sessions of their own, so whoever is left is found by descent.
+        family = [process.pid, *_find_descendants(process.pid)]
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(45)
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         if isinstance(error, subprocess.TimeoutExpired):
             return None
         raise
+
+
+def _find_descendants(pid: int) -> list[int]:
+    """Children of a process and theirs, as far as /proc tells."""
+    found = []
+    for tasks in Path("/proc").glob(f"{pid}/task/*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, tasks.read_text().split()):
+                found += [child, *_find_descendants(child)]
+    return found
 
 
 def _read_tail(log: Path) -> str:

@@ -36,7 +36,7 @@ may_install() {
 }
 
 install_environment() { # [EXTRA]: fills .venv; a mark tells a finished install from an interrupted one
-    local base requirements
+    local base requirements quiet
     base="$(find_base_python)" ||
         die "Python 3.11 or newer is needed; found $(python3 --version 2>&1 || echo none). Install one, or activate an environment that has it."
     echo "Setting up $VENV with $base: installing what pyproject.toml asks for (once; BLOOMERY_INSTALL=0 forbids it)." >&2
@@ -49,8 +49,10 @@ install_environment() { # [EXTRA]: fills .venv; a mark tells a finished install 
     "$base" -m venv "$VENV" ||
         die "$base cannot make a virtual environment (on Debian and Ubuntu: install python3-venv), or activate an environment of your own."
     requirements="$("$VENV/bin/python" "$REPO/scripts/check_environment.py" --list ${1:+--extra "$1"})"
-    # stdout belongs to the program that is started afterwards.
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r <(printf '%s\n' "$requirements") >&2 ||
+    # pip's progress is for a terminal only; stdout belongs to the program that is started afterwards.
+    [[ -t 2 ]] && quiet=() || quiet=(--quiet)
+    "$VENV/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
+        -r <(printf '%s\n' "$requirements") >&2 ||
         die "installing into $VENV failed (see above). Nothing else was changed; run again to carry on."
     rm -f "$VENV/.bloomery-incomplete"
     exec 9>&- || true

@@ -31,7 +31,7 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     config = loaded.config
     setup_logging(rank=rank, shown_ranks=shown_ranks, color=not config.metrics.disable_color_printing)
     try:
-        check(loaded, world_size)
+        check(loaded, world_size, log_warnings=rank == 0)
     except ConfigError as error:
         # Every rank finds the same; one tells it.
         if rank == 0:
@@ -72,9 +72,9 @@ def _write_down(loaded: LoadedConfig) -> None:
         print(format_config(loaded), flush=True)
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "config.toml")
+    write_config(config, folder / "config.toml", origins=loaded.origins)
     if config.job.save_config_file:
-        write_config(config, folder / config.job.save_config_file)
+        write_config(config, folder / config.job.save_config_file, origins=loaded.origins)
 
 
 if __name__ == "__main__":

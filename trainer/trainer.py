@@ -230,7 +230,8 @@ class Trainer(AbstractContextManager):
 
     def _finish(self) -> None:
         self.checkpointer.close()
-        self.metrics.close(checkpoint=self.checkpointer.folder if self.config.checkpoint.enable else None)
+        section = self.config.checkpoint
+        self.metrics.close(checkpoint=self.dump_folder / section.folder if section.enable else None)
 
     # --- the parts ---
 

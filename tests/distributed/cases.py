@@ -95,6 +95,7 @@ CASES = [
     Case("fsdp2_ac_every_second", 2, activation_checkpoint={"mode": "selective", "selective_ac_option": "2"}),
     Case("fsdp2_ac_op", 2, activation_checkpoint={"mode": "selective", "selective_ac_option": "op"}),
     Case("fsdp2_compile", 2, compile=EAGER_COMPILE),
+    Case("fsdp2_compile_inductor", 2, compile={"enable": True}),
     Case("ddp2_compile", 2, DDP2, compile=EAGER_COMPILE),
     Case(
         "fsdp2_compile_ac_op",
@@ -103,6 +104,15 @@ CASES = [
         activation_checkpoint={"mode": "selective", "selective_ac_option": "op"},
     ),
     Case("fsdp2_compile_ac_full", 2, compile=EAGER_COMPILE, activation_checkpoint={"mode": "full"}),
+    Case(
+        "fsdp4_everything",
+        4,
+        {"fsdp_accumulation": "sharded", "fsdp_prefetch": 1},
+        microbatches=2,
+        tied=True,
+        activation_checkpoint={"mode": "full"},
+        compile=EAGER_COMPILE,
+    ),
     Case("fsdp2_offload", 2, training={"enable_cpu_offload": True}),
     # bf16 has 8 bits of mantissa, and errors of a dozen layers add up.
     Case("one_process_bf16", 1, training=BF16, tolerance=4e-2),

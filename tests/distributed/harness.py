@@ -154,6 +154,9 @@ def _call(payload: bytes, rank: int, world_size: int, backend: str, scratch: str
     )
     if "nccl" in backend:
         torch.cuda.set_device(rank)
+    else:
+        # Defaults that look for an accelerator find none, so that a test does the same on every machine.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     store = dist.FileStore(f"{scratch}/store", world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     fn, args = pickle.loads(payload)

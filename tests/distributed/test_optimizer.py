@@ -39,7 +39,9 @@ def fill_gradients(model: nn.Module, step: int, value: float | None = None) -> N
     """Give every parameter the gradient that it has in every world, whatever its placement."""
     for index, parameter in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(100 * step + index)
-        gradient = torch.randn(parameter.shape, generator=generator) if value is None else torch.full(parameter.shape, value)
+        gradient = (
+            torch.randn(parameter.shape, generator=generator) if value is None else torch.full(parameter.shape, value)
+        )
         if isinstance(parameter, DTensor):
             gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
         parameter.grad = gradient
@@ -55,7 +57,10 @@ def shard(model: Stack, layout: str) -> None:
             fully_shard(layer)
         fully_shard(model)
     elif layout == "hsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp_replicate", "dp_shard")))
+        fully_shard(
+            model,
+            mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp_replicate", "dp_shard")),
+        )
     elif layout == "columns_and_rows":
         mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp_shard", "tp"))
         for layer in model.layers.values():

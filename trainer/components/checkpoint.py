@@ -265,7 +265,7 @@ class CheckpointManager:
 
     def _write(self, step: int, tensors: dict[str, Any], ranks: Ranks) -> None:
         writer = dcp.FileSystemWriter(files.staging_path(self._folder, step), sync_files=True)
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
 
     def _commit(self, save: _Save) -> None:
         """Make the checkpoint whole, report it, and let old ones go. On rank 0."""

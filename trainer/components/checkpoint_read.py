@@ -204,9 +204,7 @@ class CheckpointReader:
         """Read the tensors into their places and hand every state its part, the generators last."""
         if plan.content:
             reader = dcp.FileSystemReader(plan.path)
-            dcp.load(
-                plan.content, storage_reader=reader, process_group=self._ranks.group, no_dist=self._ranks.group is None
-            )
+            dcp.load(plan.content, storage_reader=reader, process_group=self._ranks.group)
         if plan.content is not plan.tensors and MODEL in plan.tensors:
             plan.tensors[MODEL] = plan.content  # values that are not tensors were replaced in it
         for name in self._states:

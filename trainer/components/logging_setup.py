@@ -55,7 +55,8 @@ def setup_logging(*, rank: int = 0, shown_ranks: Collection[int] = (0,), color: 
 
     A shown rank writes to stdout at level INFO. Other ranks write from level WARNING on, to stderr, and Python warnings
     of libraries are left out there: each rank has the same, and a shown one tells them. May be called again, and the
-    last call counts.
+    last call counts. A warning that each rank finds alike (about the settings, say) is logged with
+    `extra={"same_on_all_ranks": True}`, and only shown ranks tell it.
 
     Args:
         rank: number of this process over all hosts.
@@ -65,6 +66,8 @@ def setup_logging(*, rank: int = 0, shown_ranks: Collection[int] = (0,), color: 
     shown = rank in shown_ranks
     stream = sys.stdout if shown else sys.stderr
     handler = _ProgressBarHandler(stream)
+    if not shown:
+        handler.addFilter(lambda record: not getattr(record, "same_on_all_ranks", False))
     handler.setFormatter(_LineFormatter(rank=rank, color=color and stream.isatty()))
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -319,7 +319,8 @@ class MetricsLogger:
         yield f"metrics     {self._dump_folder / METRICS_FILE}"
         if self._section.enable_tensorboard:
             yield f"curves      tensorboard --logdir {self._dump_folder / self._section.save_tb_folder}"
-        yield f"checkpoint  {checkpoint if checkpoint else 'none (checkpoint.enable = true saves some)'}"
+        if checkpoint is not None:
+            yield f"checkpoint  {checkpoint}"
 
 
 def _get_memory_values(use: MemoryUse) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the matrices dealt out evenly, so that the work is divided as well. Two all-to-a
 a matrix is that of `torch.optim.Muon` in one process, bit for bit.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,9 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-
-# Private, but the same in torch 2.11 to 2.13. torch.optim.Muon offers no seam between momentum and orthogonalization.
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 _TRANSPORT_DTYPE = torch.bfloat16  # Newton-Schulz rounds its input to bf16 and returns bf16: nothing is lost on the way
 
@@ -142,12 +140,31 @@ def _rows_by_rank(rows: int, ranks: int) -> list[int]:
 
 
 def _newton_schulz(direction: Tensor, group: dict[str, Any]) -> Tensor:
-    # A copy: for a bf16 matrix torch's function scales its argument in place, which may be the momentum itself.
-    return _zeropower_via_newtonschulz(direction.clone(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+    """Return the orthogonalized matrix in bf16, by Jordan's quintic iteration X <- aX + (bA + cA^2)X with A = XX^T.
+
+    The matrix products are those of `torch.optim.Muon`, whose own function is private and has changed its signature.
+    """
+    a, b, c = group["ns_coefficients"]
+    x = direction.to(torch.bfloat16)
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / x.norm().clamp(min=group["eps"])  # spectral norm at most 1
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT  # (short side, short side)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _lr_for_shape(group: dict[str, Any], shape: torch.Size) -> float:
+    """Return the learning rate for a matrix: Jordan's scaling, or that of Moonlight (https://arxiv.org/abs/2502.16982)."""
+    rows, columns = shape
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+    return group["lr"] * math.sqrt(max(1, rows / columns))
 
 
 def _apply(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
     """Decay the weights and take the step, in place on this rank's shard."""
     weight = _local(parameter)
     weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape))
+    weight.add_(update, alpha=-_lr_for_shape(group, parameter.shape))

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from trainer.components.fqn import as_model_parts, clean_fqn, named_parameters
 from trainer.components.muon import ShardedMuon
@@ -184,14 +186,18 @@ def get_optimizer_builder(name: str) -> OptimizerBuilder:
 
 
 def group_parameters(parameters: Iterable[TrainedParameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return torch parameter groups, one for each pair of learning rate and weight decay, in order of first use."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Return torch parameter groups, one for each pair of learning rate and weight decay, in order of first use.
+
+    Plain tensors and the DTensors of each mesh get groups of their own: fused kernels refuse them together.
+    """
+    groups: dict[tuple[float, float, DeviceMesh | None], list[nn.Parameter]] = {}
     for item in parameters:
         decay = weight_decay if item.weight_decay is None else item.weight_decay
-        groups.setdefault((lr * item.lr_scale, decay), []).append(item.parameter)
+        mesh = item.parameter.device_mesh if isinstance(item.parameter, DTensor) else None
+        groups.setdefault((lr * item.lr_scale, decay, mesh), []).append(item.parameter)
     return [
         {"params": members, "lr": group_lr, "initial_lr": group_lr, "weight_decay": decay}
-        for (group_lr, decay), members in groups.items()
+        for (group_lr, decay, _), members in groups.items()
     ]
 
 

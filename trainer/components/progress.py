@@ -1,5 +1,6 @@
 """The progress bar of a run."""
 
+import os
 import sys
 
 from tqdm import tqdm
@@ -15,15 +16,20 @@ class ProgressBar:
     """
 
     def __init__(self, *, total: int, initial: int = 0, enabled: bool = True) -> None:
+        shown = enabled and sys.stderr.isatty()
+        # Some terminals (docker, script) say that they have no rows, and tqdm then draws nothing.
+        sizeless = shown and 0 in os.get_terminal_size(sys.stderr.fileno())
         self._bar = tqdm(
             total=total,
             initial=initial,
-            disable=not (enabled and sys.stderr.isatty()),
+            disable=not shown,
             desc="training",
             unit="step",
-            dynamic_ncols=True,
             leave=False,
             smoothing=0.05,
+            dynamic_ncols=not sizeless,
+            ncols=80 if sizeless else None,
+            nrows=24 if sizeless else None,
         )
 
     @property

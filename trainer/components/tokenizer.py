@@ -144,17 +144,17 @@ def find_tokenizer_file(path: str | Path) -> Path:
         return found
     if not found.is_dir():
         raise ValueError(
-            f"model.tokenizer_path: {found} does not exist; give `{BYTE_TOKENIZER}`, a tokenizer file, or a folder with one"
+            f"model.hf_assets_path: {found} does not exist; give `{BYTE_TOKENIZER}`, a tokenizer file, or a folder with one"
         )
     patterns = ("tokenizer.json", "tekken*.json", "tokenizer.model", "*.tiktoken", "original/tokenizer.model")
     for pattern in patterns:
         files = sorted(found.glob(pattern))
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise ValueError(f"model.tokenizer_path: {found} holds several tokenizers ({names}); name one of the files")
+            raise ValueError(f"model.hf_assets_path: {found} holds several tokenizers ({names}); name one of the files")
         if files:
             return files[0]
-    raise ValueError(f"model.tokenizer_path: no tokenizer in {found}; looked for {', '.join(patterns)}")
+    raise ValueError(f"model.hf_assets_path: no tokenizer in {found}; looked for {', '.join(patterns)}")
 
 
 def split_long_text(text: str) -> list[str]:

@@ -114,7 +114,7 @@ class CheckpointConfig:
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights in a model-only save."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Write checkpoints in the background: from a copy in host memory, or through pinned memory in another process."""
+    """Write checkpoints in the background. async first copies everything to host memory; async_with_pinned_mem copies to pinned memory, which it keeps for the whole run, while the next step computes."""
     keep_latest_k: int = 10
     """Checkpoints to keep; older ones are deleted. 0 keeps all."""
     load_step: int = -1

@@ -49,15 +49,12 @@ def apply_data_parallel(
                 f"{training.dtype!r} needs a process group, of one process if need be (start with torchrun)"
             )
         return
-    wrap, settings = _get_wrapper(dims, training)
+    wrap = _get_wrapper(dims, training)
     units = _find_units(model, plan)
     for position, unit in enumerate(units):
         is_last = position == len(units) - 1
-        wrap(
-            unit if len(unit) > 1 else unit[0],
-            **settings(_reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=is_last)),
-        )
-    wrap(model, **settings(_reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=True)))
+        wrap(unit, _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=is_last))
+    wrap([model], _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=True))
     for module in _fsdp_modules(model):
         # With a plain sum reduction and no division the sum is exact, gloo can do it, and so can NCCL inside a switch.
         module.set_gradient_divide_factor(1.0)
@@ -66,25 +63,34 @@ def apply_data_parallel(
         _set_prefetch([unit[0] for unit in units], parallelism.fsdp_prefetch)
 
 
-def _get_wrapper(
-    dims: ParallelDims, training: TrainingConfig
-) -> tuple[Callable[..., Any], Callable[[bool], dict[str, Any]]]:
-    """Return `fully_shard` or `replicate`, and its keyword arguments given whether to reshard after forward."""
+def _get_wrapper(dims: ParallelDims, training: TrainingConfig) -> Callable[[list[nn.Module], bool], None]:
+    """Return the function that makes one communication group of some modules, given whether to reshard after forward."""
+    replicated_only = dims.dp_replicate > 1 and dims.fsdp == 1
+    mesh = dims.mesh("dp_replicate" if replicated_only else "hsdp" if dims.dp_replicate > 1 else "fsdp")
     mixed_precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, training.mixed_precision_param),
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
-        # Activations take the dtype of the weights by themselves; a cast of all inputs would round fp32 rope tables.
+        # Activations take the dtype of the weights by themselves; a cast of all inputs would round what must stay fp32.
         cast_forward_inputs=False,
     )
-    replicated_only = dims.dp_replicate > 1 and dims.fsdp == 1
-    mesh = dims.mesh("dp_replicate" if replicated_only else "hsdp" if dims.dp_replicate > 1 else "fsdp")
-    offload: OffloadPolicy = OffloadPolicy()
-    if training.enable_cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    common = {"mesh": mesh, "mp_policy": mixed_precision, "offload_policy": offload}
-    if replicated_only:
-        return replicate, lambda reshard: common
-    return fully_shard, lambda reshard: common | {"reshard_after_forward": reshard}
+    offload = (
+        CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if training.enable_cpu_offload else OffloadPolicy()
+    )
+
+    def wrap(modules: list[nn.Module], reshard_after_forward: bool) -> None:
+        target: Any = modules if len(modules) > 1 else modules[0]
+        if replicated_only:
+            replicate(target, mesh=mesh, mp_policy=mixed_precision, offload_policy=offload)
+            return
+        fully_shard(
+            target,
+            mesh=mesh,
+            mp_policy=mixed_precision,
+            offload_policy=offload,
+            reshard_after_forward=reshard_after_forward,
+        )
+
+    return wrap
 
 
 def _reshards_after_forward(parallelism: ParallelismConfig, *, pp: int, used_again_at_once: bool) -> bool:
@@ -132,9 +138,15 @@ def choose_accumulation(
     Whole gradients cost 4 bytes a parameter of `model` and save all reductions but the last. FSDP2 holds them in the dtype
     of the reduction, so that `auto` refuses a bf16 one: sums over many microbatches would lose bits there.
     """
+    reduces_in_fp32 = training.mixed_precision_reduce == "float32"
     if parallelism.fsdp_accumulation != "auto":
+        if parallelism.fsdp_accumulation == "unsharded" and not reduces_in_fp32:
+            logger.warning(
+                "parallelism.fsdp_accumulation = 'unsharded' adds microbatches up in the dtype of the reduction: "
+                "training.mixed_precision_reduce = 'bfloat16' loses bits there"
+            )
         return parallelism.fsdp_accumulation
-    if training.mixed_precision_reduce != "float32":
+    if not reduces_in_fp32:
         return "sharded"
     if device.type != "cuda":
         return "unsharded"

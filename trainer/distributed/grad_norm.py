@@ -14,7 +14,7 @@ def clip_grad_norm(
 ) -> torch.Tensor:
     """Scale all gradients down so that their joint 2-norm is at most `max_norm`, and return the norm from before.
 
-    The norm is a 0-dim fp32 tensor, the same on all ranks, still on the device: nothing waits for it here. With a
+    The norm is a 0-dim fp32 tensor, the same on all ranks, still on the device: nothing waits for it here (offloaded gradients aside). With a
     `max_norm` of 0 gradients stay as they are. Gradients may lie on different meshes. With `pp_mesh` the stages of a
     pipeline, which hold different parameters, count too. A norm that is not finite makes the gradients NaN or 0.
 
@@ -25,7 +25,7 @@ def clip_grad_norm(
     if max_norm > 0 and grads:
         scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
         for device, local_grads in _by_device(_local(grad) for grad in grads).items():
-            torch._foreach_mul_(local_grads, scale.to(device, non_blocking=True))
+            torch._foreach_mul_(local_grads, scale.to(device))
     return total_norm
 
 
@@ -41,7 +41,7 @@ def get_total_norm(grads: list[torch.Tensor], *, pp_mesh: DeviceMesh | None = No
         total = torch.zeros((), dtype=torch.float32, device=device)
         for tensors in _by_device(local_grads).values():
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-            total += norms.square().sum().to(device, non_blocking=True)
+            total += norms.square().sum().to(device)
         for group in groups:
             dist.all_reduce(total, group=group)
         squares[groups] = total

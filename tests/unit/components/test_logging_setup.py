@@ -20,6 +20,7 @@ PROGRAM = textwrap.dedent(
     log = logging.getLogger("trainer.somewhere")
     log.info("some news")
     log.warning("a worry")
+    log.warning("a worry of all", extra={"same_on_all_ranks": True})
     warnings.warn("library words")
     assert "torch" not in sys.modules
     """
@@ -36,9 +37,10 @@ def run(rank):
 def test_shown_rank_says_everything_once_on_stdout(rank, prefix):
     done = run(rank)
     lines = done.stdout.splitlines()
-    assert [line.split(" ", 1)[1] for line in lines[:2]] == [f"INFO     {prefix}some news", f"WARNING  {prefix}a worry"]
-    assert lines[2].endswith("UserWarning: library words")
-    assert len(lines) == 3
+    said = [f"INFO     {prefix}some news", f"WARNING  {prefix}a worry", f"WARNING  {prefix}a worry of all"]
+    assert [line.split(" ", 1)[1] for line in lines[:3]] == said
+    assert lines[3].endswith("UserWarning: library words")
+    assert len(lines) == 4
     assert done.stderr == ""
 
 
@@ -48,10 +50,10 @@ def test_other_rank_only_warns_and_names_itself_on_stderr():
     assert [line.split(" ", 1)[1] for line in done.stderr.splitlines()] == ["WARNING  [rank 3] a worry"]
 
 
-def run_on_terminal(program):
+def run_on_terminal(program, rows, columns):
     """Run a program on a pseudo-terminal and return what it showed."""
     parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", program], stdin=child, stdout=child, stderr=child)
     os.close(child)
     shown = b""
@@ -65,7 +67,8 @@ def run_on_terminal(program):
     return shown.decode()
 
 
-def test_log_line_and_progress_bar_share_a_terminal_without_tearing():
+@pytest.mark.parametrize(("rows", "columns"), [(24, 100), (0, 120), (0, 0)])
+def test_log_line_and_progress_bar_share_a_terminal_without_tearing(rows, columns):
     shown = run_on_terminal(
         textwrap.dedent(
             """
@@ -82,7 +85,9 @@ def test_log_line_and_progress_bar_share_a_terminal_without_tearing():
             bar.close()
             bar.close()
             """
-        )
+        ),
+        rows,
+        columns,
     )
     assert "20/50" in shown
     assert "loss 3.2500" in shown

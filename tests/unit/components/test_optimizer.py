@@ -191,7 +191,9 @@ def test_skip_with_nan_gradients_changes_nothing(name, implementation, steps_bef
     assert all(torch.equal(value, state[key]) for key, value in optimizers.state_dict().items())
     optimizers.zero_grad()
     reference, reference_model = None, make_model()
-    reference = build_optimizer(reference_model, section=OptimizerConfig(name=name, lr=0.01, implementation=implementation))
+    reference = build_optimizer(
+        reference_model, section=OptimizerConfig(name=name, lr=0.01, implementation=implementation)
+    )
     train(reference_model, reference, steps_before + 1)
     backward(model, steps_before)
     optimizers.step(skip=torch.tensor(0.0))
@@ -236,20 +238,28 @@ def test_load_state_dict_names_what_does_not_fit():
     muon = build_optimizer(make_model(), section=OptimizerConfig(name="Muon"))
     with pytest.raises(ValueError, match=r"missing \['state\.layers\.0\.w\.weight\.momentum_buffer'"):
         muon.load_state_dict(adam.state_dict())
-    other = {key: torch.zeros(3) if key.endswith("w.weight.exp_avg") else value for key, value in adam.state_dict().items()}
+    other = {
+        key: torch.zeros(3) if key.endswith("w.weight.exp_avg") else value for key, value in adam.state_dict().items()
+    }
     with pytest.raises(ValueError, match="has shape"):
         build_optimizer(make_model(), section=OptimizerConfig()).load_state_dict(other)
 
 
-def test_muon_trains_hidden_matrices_and_adamw_the_rest_as_torch_does():
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+def test_muon_trains_hidden_matrices_and_adamw_the_rest_as_torch_does(adjust_lr):
     section = OptimizerConfig(
-        name="Muon", lr=0.01, weight_decay=0.2, muon=MuonConfig(lr=0.03, weight_decay=0.1, exclude=["layers.1.w.*"])
+        name="Muon",
+        lr=0.01,
+        weight_decay=0.2,
+        muon=MuonConfig(lr=0.03, weight_decay=0.1, exclude=["layers.1.w.*"], adjust_lr=adjust_lr),
     )
     model, reference = make_model(), make_model()
     optimizers = build_optimizer(model, section=section)
     muon, adamw = optimizers
     assert [p is model.layers["0"]["w"].weight for p in muon.param_groups[0]["params"]] == [True]
-    by_torch = torch.optim.Muon([reference.layers["0"]["w"].weight], lr=0.03, weight_decay=0.1)
+    by_torch = torch.optim.Muon(
+        [reference.layers["0"]["w"].weight], lr=0.03, weight_decay=0.1, momentum=0.95, adjust_lr_fn=adjust_lr
+    )
     rest = [p for name, p in reference.named_parameters() if name != "layers.0.w.weight"]
     by_torch_rest = torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.95), weight_decay=0.2, fused=True)
     for step in range(3):
@@ -264,12 +274,32 @@ def test_muon_trains_hidden_matrices_and_adamw_the_rest_as_torch_does():
 
 
 def test_muon_without_nesterov_leaves_a_bf16_momentum_alone():
-    """torch's Newton-Schulz scales a bf16 argument in place: without a copy the momentum itself."""
+    """torch's own scales its bf16 argument in place, which then is the momentum itself."""
     weight = nn.Parameter(torch.randn(6, 4, dtype=torch.bfloat16))
     model = nn.Module()
     model.hidden = nn.Module()
     model.hidden.weight = weight
-    optimizers = build_optimizer(model, section=OptimizerConfig(name="Muon", muon=MuonConfig(nesterov=False, momentum=0.5)))
+    optimizers = build_optimizer(
+        model, section=OptimizerConfig(name="Muon", muon=MuonConfig(nesterov=False, momentum=0.5))
+    )
     weight.grad = torch.full_like(weight, 64.0)
     optimizers.step()
     assert torch.equal(optimizers.state_dict()["state.hidden.weight.momentum_buffer"], torch.full_like(weight, 32.0))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (24, 5), (5, 24)])
+def test_muon_of_torch_takes_the_same_steps_bit_for_bit(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    model = nn.Module()
+    model.hidden = nn.Linear(*shape[::-1], bias=False)
+    model.hidden.weight.data.copy_(start)
+    theirs = nn.Parameter(start.clone())
+    optimizers = build_optimizer(model, section=OptimizerConfig(name="Muon"))
+    reference = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        model.hidden.weight.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizers.step()
+        reference.step()
+    assert torch.equal(model.hidden.weight, theirs)

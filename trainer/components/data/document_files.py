@@ -186,7 +186,7 @@ class JsonlFile(LocalFile):
 
     def _parse(self, line: bytes) -> tuple[str, str]:
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except UnicodeDecodeError as error:
             return "", f"not valid UTF-8: {error}"
         except (ValueError, RecursionError) as error:

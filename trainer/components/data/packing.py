@@ -150,16 +150,19 @@ class BestFitPacking:
 
     def fetch(self, indices: np.ndarray) -> Batch:
         window = np.zeros((len(indices), self._seq_len + 1), dtype=np.int64)
-        starts = np.zeros(window.shape, dtype=bool) if self._document_mask else None
         lengths = np.zeros(len(indices), dtype=np.int64)
+        starts = np.zeros(window.shape, dtype=bool) if self._document_mask else None
+        read = self._dataset.read
         for row, index in enumerate(np.asarray(indices).tolist()):
-            at = 0
+            at, tokens = 0, window[row]
+            begins = []
             for first, length in self._plan.pieces(index):
-                window[row, at : at + length] = self._dataset.read(first, length)
-                if starts is not None:
-                    starts[row, at] = True
+                begins.append(at)
+                tokens[at : at + length] = read(first, length)
                 at += length
-            if starts is not None and at <= self._seq_len:
-                starts[row, at] = True  # the padding
             lengths[row] = at
+            if starts is not None:
+                if at <= self._seq_len:
+                    begins.append(at)  # the padding
+                starts[row, begins] = True
         return build_batch(window, starts, lengths)

@@ -66,6 +66,28 @@ class PackingPlan:
         return list(zip(starts, self._arrays["piece_length"][low:high].tolist(), strict=True))
 
 
+class _Rooms:
+    """Open bins by the room they have left."""
+
+    def __init__(self) -> None:
+        self._bins: dict[int, list[np.ndarray]] = {}
+        self._bits = 0  # bit r is set where there are bins with room r
+
+    def add(self, room: int, bins: np.ndarray) -> None:
+        if len(bins) and room >= MIN_PIECE:
+            self._bins.setdefault(room, []).append(bins)
+            self._bits |= 1 << room
+
+    def take_tightest(self, size: int) -> tuple[int, np.ndarray]:
+        """Take out all bins with the least room that is enough for `size`; room 0 where there are none."""
+        fitting = self._bits >> size
+        if not fitting:
+            return 0, np.empty(0, np.int64)
+        room = size + (fitting & -fitting).bit_length() - 1  # the lowest bit
+        self._bits &= ~(1 << room)
+        return room, np.concatenate(self._bins.pop(room))
+
+
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """Pack items into bins, largest first, each into the open bin with the least room that is enough.
 
@@ -83,22 +105,16 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, i
     order = np.argsort(small, kind="stable")[::-1]
     counts = np.bincount(sizes, minlength=capacity + 1)
     bin_of = np.empty(len(sizes), dtype=np.int64)  # in the order of `order`
-    rooms: dict[int, list[np.ndarray]] = {}  # room -> bins that have it
-    room_bits = 0  # bit r is set where rooms[r] exists: the least room that is enough is the lowest bit from `size` on
+    rooms = _Rooms()
     done = n_bins = 0
     for size in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[size])
         while left:
-            fitting = room_bits >> size
-            if fitting:
-                room = size + (fitting & -fitting).bit_length() - 1
-                groups = rooms.pop(room)
-                room_bits &= ~(1 << room)
-                bins = groups[0] if len(groups) == 1 else np.concatenate(groups)
-            else:
-                room = capacity
-                bins = np.arange(n_bins, n_bins - (-left // (capacity // size)))
-                n_bins += len(bins)
+            room, bins = rooms.take_tightest(size)
+            if room == 0:
+                room, n_new = capacity, -(-left // (capacity // size))
+                bins = np.arange(n_bins, n_bins + n_new)
+                n_bins += n_new
             # After an item the same bin has the least room, so it takes items until no more fit.
             each = room // size
             n_full = min(left // each, len(bins))
@@ -108,14 +124,9 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, i
             if rest:
                 bin_of[done + n_full * each : done + placed] = bins[n_full]
             touched = n_full + (rest > 0)
-            for new_room, group in (
-                (room - each * size, bins[:n_full]),
-                (room - rest * size, bins[n_full:touched]),
-                (room, bins[touched:]),
-            ):
-                if len(group) and new_room >= MIN_PIECE:
-                    rooms.setdefault(new_room, []).append(group)
-                    room_bits |= 1 << new_room
+            rooms.add(room - each * size, bins[:n_full])
+            rooms.add(room - rest * size, bins[n_full:touched])
+            rooms.add(room, bins[touched:])
             done += placed
             left -= placed
     result = np.empty_like(bin_of)
@@ -190,10 +201,10 @@ def write_plan(document_starts: np.ndarray, *, seq_len: int, folder: Path) -> No
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    with open(folder / "plan.json", "w", encoding="utf-8") as file:
-        json.dump({"version": PLAN_VERSION, **asdict(totals)}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(folder / "plan.json", "w", encoding="utf-8") as index:
+        json.dump({"version": PLAN_VERSION, **asdict(totals)}, index)
+        index.flush()
+        os.fsync(index.fileno())
 
 
 def open_plan(folder: Path) -> PackingPlan:

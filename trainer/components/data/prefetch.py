@@ -1,6 +1,7 @@
 """Batches made ahead of the training loop, in threads."""
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -71,8 +72,7 @@ class Prefetcher:
         self._executor = ThreadPoolExecutor(
             max_workers=workers,
             thread_name_prefix="data",
-            initializer=None if device_index is None else torch.cuda.set_device,
-            initargs=() if device_index is None else (device_index,),
+            initializer=functools.partial(_set_device, device_index),
         )
         self._fill()
 
@@ -144,8 +144,7 @@ class BackgroundIterator(Generic[T]):
     def _run(self) -> None:
         end = _End(None)
         try:
-            if self._device_index is not None:
-                torch.cuda.set_device(self._device_index)
+            _set_device(self._device_index)
             for item in self._make(self._stop):
                 if not self._put(item):
                     return
@@ -166,6 +165,11 @@ class _End:
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
+
+
+def _set_device(device_index: int | None) -> None:
+    if device_index is not None:
+        torch.cuda.set_device(device_index)
 
 
 def to_tensors(arrays: dict[str, np.ndarray], *, pin: bool) -> dict[str, torch.Tensor]:

@@ -26,12 +26,10 @@ from trainer.components.data.sources import PREPARED, BadRows, get_inputs_finger
 from trainer.components.data.token_files import (
     DEFAULT_SHARD_TOKENS,
     INDEX_NAME,
-    ShardWriter,
     TokenDataset,
     finish_dataset,
-    read_shard_header,
-    shard_name,
 )
+from trainer.components.data.token_shards import ShardWriter, read_shard_header, shard_name
 from trainer.components.data.tokenize_tasks import Chunk, count_workers, plan_tasks, run_tasks
 from trainer.components.tokenizer import Tokenizer
 from trainer.config.schema import DataConfig
@@ -196,7 +194,7 @@ def _open_prepared(path: str | None, tokenizer: Tokenizer) -> TokenDataset:
     if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{path} was prepared with another tokenizer: its fingerprint is {dataset.tokenizer_fingerprint[:16]} (vocabulary "
-            f"{dataset.vocab_size}), that of model.tokenizer_path is {tokenizer.fingerprint[:16]} (vocabulary "
+            f"{dataset.vocab_size}), that of model.hf_assets_path is {tokenizer.fingerprint[:16]} (vocabulary "
             f"{tokenizer.vocab_size}). Use that tokenizer, or prepare the data anew"
         )
     return dataset

@@ -6,173 +6,47 @@ A prepared data set is a folder:
     documents.offsets        4096 bytes of header, the offsets of all shards joined (one map, shared by all processes)
     index.json               written last: what belongs to the data set, with sizes and checksums
 
-All numbers are little-endian. The header page is magic (8 bytes), version, length and CRC-32 of a JSON object (3 x uint32),
-then that object. Token ids are uint16 where the vocabulary allows it and uint32 otherwise. Document offsets are int64,
-one more than there are documents, in tokens from the start of the shard (or of the data set, in `documents.offsets`).
+The header page and the numbers are those of `token_shards`. Offsets in `documents.offsets` count from the start of the
+data set, and its last one is the number of tokens.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
-import mmap
 import os
-import shutil
-import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from trainer.components.data.token_shards import (
+    FORMAT_VERSION,
+    OFFSET_DTYPE,
+    PAGE,
+    ShardHeader,
+    ShardWriter,
+    check_size,
+    explain_write_error,
+    get_file_crc32,
+    map_array,
+    open_for_writing,
+    read_header,
+    read_shard_header,
+    seal_file,
+    shard_name,
+    sync_folder,
+)
+
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 DOCUMENTS_NAME = "documents.offsets"
 DEFAULT_SHARD_TOKENS = 100_000_000
 
-_MAGIC = b"BLMTOKEN"
-_PREFIX = struct.Struct("<8sIII")  # magic, version, length and CRC-32 of the JSON header
-_PAGE = 4096  # the payload starts on a page, so that a map of it is aligned for every dtype
-_OFFSET_DTYPE = np.dtype("<i8")
 _MAX_OPEN_SHARDS = 256  # each map holds a file descriptor, and 1024 is a common limit
-_CRC_CHUNK = 16 * 2**20
-
-
-class OutOfSpaceError(OSError):
-    """The disk (or quota) is full. What was whole stays, the half-written file is removed."""
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest dtype that holds ids 0..vocab_size-1: uint16 or uint32."""
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.tokens"
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says of itself."""
-
-    dtype: str
-    vocab_size: int
-    tokenizer_fingerprint: str
-    n_tokens: int
-    n_documents: int
-    tokens_crc32: int
-    documents_crc32: int
-    resume: dict[str, Any] = field(default_factory=dict)
-    """Where in the source the shard ends; only `prepare` reads it."""
-
-    @property
-    def documents_offset(self) -> int:
-        """Byte at which the document offsets begin."""
-        return _PAGE + _align(self.n_tokens * np.dtype(self.dtype).itemsize, 8)
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of a whole shard file."""
-        return self.documents_offset + (self.n_documents + 1) * _OFFSET_DTYPE.itemsize
-
-
-class ShardWriter:
-    """Writes one shard beside its final place (`.tmp`) and renames it when it is whole and on disk.
-
-    Raises: OutOfSpaceError where the disk is full (the half file is removed first), ValueError for an id that the
-    vocabulary does not have.
-    """
-
-    def __init__(self, path: Path, *, vocab_size: int, tokenizer_fingerprint: str) -> None:
-        self.path = path
-        self.n_tokens = 0
-        self._vocab_size = vocab_size
-        self._tokenizer_fingerprint = tokenizer_fingerprint
-        self._dtype = token_dtype(vocab_size)
-        self._ends: list[np.ndarray] = [np.zeros(1, dtype=_OFFSET_DTYPE)]
-        self._crc = 0
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file = _open_for_writing(self._temporary)
-        self._guarded_write(b"\0" * _PAGE)  # no magic until the payload is there
-
-    @property
-    def n_documents(self) -> int:
-        return sum(len(ends) for ends in self._ends) - 1
-
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Adds documents.
-
-        Args:
-            tokens: (n,) ids of all documents, one after the other.
-            lengths: (documents,) tokens of each; they sum to n.
-        """
-        assert int(lengths.sum()) == len(tokens), "document lengths must sum to the number of tokens"
-        if len(tokens) and int(tokens.max()) >= self._vocab_size:
-            raise ValueError(
-                f"{self.path}: token id {int(tokens.max())} is outside the vocabulary of {self._vocab_size}; "
-                "was the data tokenized with another tokenizer?"
-            )
-        payload = tokens.astype(self._dtype).tobytes()
-        self._crc = zlib.crc32(payload, self._crc)
-        self._guarded_write(payload)
-        self._ends.append(self.n_tokens + np.cumsum(lengths, dtype=_OFFSET_DTYPE))
-        self.n_tokens += len(tokens)
-
-    def commit(self, resume: Mapping[str, Any] | None = None) -> ShardHeader:
-        """Completes the file, syncs it to disk and gives it its name."""
-        offsets = np.concatenate(self._ends)
-        header = ShardHeader(
-            dtype=self._dtype.name,
-            vocab_size=self._vocab_size,
-            tokenizer_fingerprint=self._tokenizer_fingerprint,
-            n_tokens=self.n_tokens,
-            n_documents=len(offsets) - 1,
-            tokens_crc32=self._crc,
-            documents_crc32=zlib.crc32(offsets.tobytes()),
-            resume=dict(resume or {}),
-        )
-        tokens_end = _PAGE + self.n_tokens * self._dtype.itemsize
-        self._guarded_write(b"\0" * (header.documents_offset - tokens_end))
-        self._guarded_write(offsets.tobytes())
-        try:
-            _seal(self._file, asdict(header), self._temporary, self.path)
-        except OSError as error:
-            self.abort()
-            raise _explain(error, self.path, header.file_size) from error
-        return header
-
-    def abort(self) -> None:
-        """Removes what was written. Harmless after `commit`."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _guarded_write(self, payload: bytes) -> None:
-        try:
-            self._file.write(payload)
-        except OSError as error:
-            self.abort()
-            raise _explain(error, self.path, _PAGE + self.n_tokens * self._dtype.itemsize + len(payload)) from error
-
-
-def read_shard_header(path: Path) -> ShardHeader:
-    """Returns the header of a whole shard.
-
-    Raises: ValueError naming the file where it is missing, foreign, of another version, damaged or cut short.
-    """
-    raw = _read_header(path)
-    try:
-        header = ShardHeader(**raw)
-    except TypeError as error:
-        raise ValueError(f"{path}: the header does not describe a token shard ({error})") from error
-    _check_size(path, header.file_size)
-    return header
 
 
 def finish_dataset(folder: Path, *, source: Mapping[str, Any] | None = None) -> "TokenDataset":
@@ -293,16 +167,16 @@ class TokenDataset:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{index_path}: not an index of a prepared data set (no {error})") from error
         for shard in dataset.shards:
-            _check_size(folder / shard["file"], shard["file_size"])
-        _check_size(folder / DOCUMENTS_NAME, _PAGE + (dataset.n_documents + 1) * _OFFSET_DTYPE.itemsize)
+            check_size(folder / shard["file"], shard["file_size"])
+        check_size(folder / DOCUMENTS_NAME, PAGE + (dataset.n_documents + 1) * OFFSET_DTYPE.itemsize)
         return dataset
 
     @property
     def document_starts(self) -> np.ndarray:
         """Returns (n_documents + 1,) int64, memory-mapped: the first token of each document, and `n_tokens` at the end."""
         if self._document_starts is None:
-            _read_header(self.folder / DOCUMENTS_NAME)
-            self._document_starts = _map(self.folder / DOCUMENTS_NAME, _OFFSET_DTYPE, _PAGE, self.n_documents + 1)
+            read_header(self.folder / DOCUMENTS_NAME)
+            self._document_starts = map_array(self.folder / DOCUMENTS_NAME, OFFSET_DTYPE, PAGE, self.n_documents + 1)
         return self._document_starts
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -338,13 +212,13 @@ class TokenDataset:
                 problems.append(str(error))
                 continue
             for part, offset, size in (
-                ("tokens", _PAGE, header.n_tokens * self.dtype.itemsize),
-                ("documents", header.documents_offset, (header.n_documents + 1) * _OFFSET_DTYPE.itemsize),
+                ("tokens", PAGE, header.n_tokens * self.dtype.itemsize),
+                ("documents", header.documents_offset, (header.n_documents + 1) * OFFSET_DTYPE.itemsize),
             ):
-                if _file_crc32(path, offset, size) != shard[f"{part}_crc32"]:
+                if get_file_crc32(path, offset, size) != shard[f"{part}_crc32"]:
                     problems.append(f"{path}: the checksum of its {part} is wrong")
         documents = self.folder / DOCUMENTS_NAME
-        if _file_crc32(documents, _PAGE, (self.n_documents + 1) * _OFFSET_DTYPE.itemsize) != self._documents_crc32:
+        if get_file_crc32(documents, PAGE, (self.n_documents + 1) * OFFSET_DTYPE.itemsize) != self._documents_crc32:
             problems.append(f"{documents}: its checksum is wrong")
         if problems:
             raise ValueError("damaged data set, prepare it anew or copy it again:\n  " + "\n  ".join(problems))
@@ -370,7 +244,7 @@ class TokenDataset:
             header = read_shard_header(path)
             if (header.n_tokens, header.tokens_crc32) != (info["n_tokens"], info["tokens_crc32"]):
                 raise ValueError(f"{path}: not the shard that {INDEX_NAME} lists; was it replaced?")
-            tokens = _map(path, self.dtype, _PAGE, header.n_tokens)
+            tokens = map_array(path, self.dtype, PAGE, header.n_tokens)
             self._maps[shard] = tokens
             if len(self._maps) > _MAX_OPEN_SHARDS:
                 self._maps.popitem(last=False)
@@ -380,47 +254,16 @@ class TokenDataset:
         return {**self.__dict__, "_maps": OrderedDict(), "_document_starts": None}
 
 
-def _align(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def _open_for_writing(path: Path) -> BinaryIO:
-    return open(path, "wb")
-
-
-def _seal(file: BinaryIO, header: Mapping[str, Any], temporary: Path, path: Path) -> None:
-    """Writes the header page last, then syncs and renames."""
-    text = json.dumps(header).encode()
-    assert _PREFIX.size + len(text) <= _PAGE, f"the header of {path} does not fit in one page"
-    file.seek(0)
-    file.write(_PREFIX.pack(_MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text)
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` last through a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with _open_for_writing(temporary) as file:
+        with open_for_writing(temporary) as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _explain(error, path, len(text)) from error
+        raise explain_write_error(error, path, len(text)) from error
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -432,77 +275,21 @@ def _write_documents(folder: Path, paths: list[Path], headers: list[ShardHeader]
     n_documents = sum(header.n_documents for header in headers)
     crc, first = 0, 0
     try:
-        with _open_for_writing(temporary) as file:
-            file.write(b"\0" * _PAGE)
+        with open_for_writing(temporary) as file:
+            file.write(b"\0" * PAGE)
             for shard_path, header in zip(paths, headers, strict=True):
-                offsets = _map(shard_path, _OFFSET_DTYPE, header.documents_offset, header.n_documents + 1)
+                offsets = map_array(shard_path, OFFSET_DTYPE, header.documents_offset, header.n_documents + 1)
                 payload = (offsets[:-1] + first).tobytes()
                 crc = zlib.crc32(payload, crc)
                 file.write(payload)
                 first += header.n_tokens
-            last = np.array([first], dtype=_OFFSET_DTYPE).tobytes()
+            last = np.array([first], dtype=OFFSET_DTYPE).tobytes()
             file.write(last)
             crc = zlib.crc32(last, crc)
-            _seal(file, {"n_documents": n_documents, "documents_crc32": crc}, temporary, path)
+            seal_file(file, {"n_documents": n_documents, "documents_crc32": crc}, temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _explain(error, path, _PAGE + (n_documents + 1) * _OFFSET_DTYPE.itemsize) from error
-    return crc
-
-
-def _explain(error: OSError, path: Path, needed: int) -> OSError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    free = shutil.disk_usage(path.parent).free
-    return OutOfSpaceError(
-        error.errno,
-        f"no space left for {path.name}: it needs at least {needed / 2**20:,.0f} MiB and {path.parent} has "
-        f"{free / 2**20:,.0f} MiB free. Whole shards were kept: free some space and run again to go on from there",
-    )
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            page = file.read(_PAGE)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(page) < _PAGE or page[: len(_MAGIC)] != _MAGIC:
-        raise ValueError(f"{path}: not a whole token file (its header is missing)")
-    _, version, length, crc = _PREFIX.unpack_from(page)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; prepare anew")
-    text = page[_PREFIX.size : _PREFIX.size + length]
-    if zlib.crc32(text) != crc:
-        raise ValueError(f"{path}: the checksum of its header is wrong")
-    return json.loads(text)
-
-
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if size != expected:
-        raise ValueError(f"{path}: {size} bytes where {expected} are expected; the file was cut short or replaced")
-
-
-def _map(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
-
-
-def _file_crc32(path: Path, offset: int, size: int) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        file.seek(offset)
-        while size > 0:
-            chunk = file.read(min(size, _CRC_CHUNK))
-            if not chunk:
-                break
-            crc = zlib.crc32(chunk, crc)
-            size -= len(chunk)
+        raise explain_write_error(error, path, PAGE + (n_documents + 1) * OFFSET_DTYPE.itemsize) from error
     return crc
 
 

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -106,12 +107,17 @@ def _documents_of(task: Task) -> Iterator[tuple[int, Document]]:
 def count_workers(workers: int, total_bytes: int) -> int:
     """Returns how many processes to start; 1 means none, the work is done here."""
     small = 0 < total_bytes < _POOL_BYTES
-    nested = multiprocessing.current_process().daemon  # which may not have children
-    if workers == 1 or nested or (workers == 0 and small):
+    if workers == 1 or (workers == 0 and small) or not _can_spawn():
         return 1
     return workers or min(
         _MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
+
+
+def _can_spawn() -> bool:
+    """Whether processes can be spawned: not from a daemon, and only where the main module is a file they can import."""
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    return not multiprocessing.current_process().daemon and (main_file is None or os.path.exists(main_file))
 
 
 def run_tasks(tasks: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Task, Chunk]]:

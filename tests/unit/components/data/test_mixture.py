@@ -96,20 +96,20 @@ def test_describe_gives_tokens_and_epochs():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_weight_that_is_no_share_is_refused(weight):
-    with pytest.raises(ValueError, match="data.sources: 's1' has weight"):
+    with pytest.raises(ValueError, match=r"data.sources: 's1' has weight"):
         make_mixture(1.0, weight)
 
 
 def test_weight_too_small_for_a_block_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="'s1' has weight 0.0001.*raise its weight"):
+    with pytest.raises(ValueError, match=r"'s1' has weight 0.0001.*raise its weight"):
         make_mixture(1.0, 0.0001)
 
 
 def test_empty_source_is_refused():
-    with pytest.raises(ValueError, match="'s1' is too small.*training.seq_len"):
+    with pytest.raises(ValueError, match=r"'s1' is too small.*training.seq_len"):
         make_mixture(1.0, 1.0, sizes=[5, 0])
 
 
 def test_two_sources_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="named 'a'"):
+    with pytest.raises(ValueError, match=r"named 'a'"):
         Mixture([MixtureSource("a", 5, 1.0, "x"), MixtureSource("a", 5, 1.0, "y")], seed=0, shuffle=True)

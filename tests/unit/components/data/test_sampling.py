@@ -42,14 +42,14 @@ def test_permutation_is_stable_across_versions():
 
 @pytest.mark.parametrize("n", [0, -1, 2**62])
 def test_permutation_refuses_impossible_n(n):
-    with pytest.raises(ValueError, match="cannot permute"):
+    with pytest.raises(ValueError, match=r"cannot permute"):
         Permutation(n)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_all_orders_are_equally_likely(n):
     orders = {order: i for i, order in enumerate(itertools.permutations(range(n)))}
-    keys = 40 * len(orders)
+    keys = 25 * len(orders)
     counts = np.zeros(len(orders))
     for key in range(keys):
         counts[orders[tuple(Permutation(n, key)(np.arange(n)).tolist())]] += 1
