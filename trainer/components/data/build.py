@@ -45,10 +45,9 @@ def build_dataloader(
         ValueError: the data cannot be used or are too few; see `ensure_prepared`, `Mixture` and `BatchShape`.
     """
     configs = data.sources or [SourceConfig(training.dataset, training.dataset_path)]
-    global_batch_size = training.global_batch_size
-    if global_batch_size < 0:
-        global_batch_size = training.local_batch_size * dp_degree
-    shape = BatchShape(training.local_batch_size, global_batch_size, training.seq_len, dp_rank, dp_degree)
+    local = training.local_batch_size
+    total = training.global_batch_size if training.global_batch_size >= 0 else local * dp_degree
+    shape = BatchShape(local, total, training.seq_len, dp_rank, dp_degree)
     document_mask = attn_mask_type == BLOCK_CAUSAL
     if data.streaming:
         if len(configs) > 1:

@@ -45,6 +45,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def shard_name(number: int) -> str:
+    """Returns the file name of a shard."""
     return f"shard-{number:05d}.tokens"
 
 
@@ -173,6 +174,7 @@ def _align(size: int, unit: int) -> int:
 
 
 def open_for_writing(path: Path) -> BinaryIO:
+    """Opens a new file; in a place of its own so that tests can fill up the disk."""
     return open(path, "wb")
 
 
@@ -200,6 +202,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def explain_write_error(error: OSError, path: Path, needed: int) -> OSError:
+    """Returns the error to raise: OutOfSpaceError with bytes `needed` and free where the disk is full, else the same one."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     free = shutil.disk_usage(path.parent).free
@@ -211,6 +214,7 @@ def explain_write_error(error: OSError, path: Path, needed: int) -> OSError:
 
 
 def read_header(path: Path) -> dict[str, Any]:
+    """Returns the JSON object of a header page. Raises: ValueError naming the file and what is wrong with it."""
     try:
         with open(path, "rb") as file:
             page = file.read(PAGE)
@@ -228,6 +232,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path, expected: int) -> None:
+    """Raises: ValueError where the file is not there or has another size than `expected` bytes."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -237,12 +242,14 @@ def check_size(path: Path, expected: int) -> None:
 
 
 def map_array(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+    """Returns (count,) numbers of a file from byte `offset` on, memory-mapped and read-only."""
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
 
 
 def get_file_crc32(path: Path, offset: int, size: int) -> int:
+    """Returns the CRC-32 of `size` bytes of a file from byte `offset` on."""
     crc = 0
     with open(path, "rb") as file:
         file.seek(offset)
