@@ -52,6 +52,8 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
         importlib.import_module(config.experimental.custom_import)
 
     # Late: importing torch takes seconds, and no answer above needs it.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from trainer.trainer import Launch, Trainer
 
     launch = Launch(
@@ -60,8 +62,13 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
         world_size=world_size,
         wandb_variables={name: value for name, value in environment.items() if name.startswith("WANDB_")},
     )
-    with Trainer(config, launch) as trainer:
-        trainer.train()
+
+    @record  # torchrun's closing report names the rank that failed first, with its traceback
+    def train() -> None:
+        with Trainer(config, launch) as trainer:
+            trainer.train()
+
+    train()
 
 
 def _write_down(loaded: LoadedConfig) -> None:

@@ -12,8 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.common.attention import attention_kernels, build_document_mask, describe_attention_kernel, get_slow_attention_reason
-from models.registry import ModelArgs, get_model_spec
+from models.common.attention import (
+    attention_kernels,
+    build_document_mask,
+    describe_attention_kernel,
+    get_slow_attention_reason,
+)
+from models.registry import get_model_spec
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
 from trainer.components.determinism import set_determinism
@@ -120,6 +125,8 @@ class Trainer(AbstractContextManager):
         """Close what the parts hold open. After an error the process group is left alone: other ranks may not come along."""
         self.garbage_collection.close()
         self.dataloader.close()
+        if self.validation_loader is not None:
+            self.validation_loader.close()
         self.metrics.close()
         if kind is None:
             dist.destroy_process_group()
@@ -138,8 +145,7 @@ class Trainer(AbstractContextManager):
             if config.checkpoint.create_seed_checkpoint:
                 self.checkpointer.save_seed()
                 return
-            if config.checkpoint.enable:
-                self.checkpointer.load()
+            self.checkpointer.load()
             self.metrics.begin(step=self.state.step, tokens_seen=self.state.tokens_seen)
             first_step = self.state.step + 1
             while self.state.step < config.training.steps:
@@ -225,7 +231,8 @@ class Trainer(AbstractContextManager):
             with self.metrics.pause():
                 self.checkpointer.save(step, last)
             self.metrics.event("checkpoint", step, quiet=True)
-        self.profiler.step(step)
+        with self.metrics.pause():
+            self.profiler.step(step)
         self.garbage_collection.step(step)
 
     def _finish(self) -> None:
@@ -262,7 +269,7 @@ class Trainer(AbstractContextManager):
             device_type=self.device.type,
         )
 
-    def _build_model(self) -> tuple[ModelArgs, nn.Module]:
+    def _build_model(self) -> tuple[Any, nn.Module]:
         """Build the network on the meta device, spread it over the ranks, and give it its first weights."""
         config = self.config
         spec = get_model_spec(config.model.name)

@@ -80,11 +80,6 @@ REFUSED: tuple[Refusal, ...] = (
         bool,
         "saving in the Hugging Face format is not available yet. Use false; the checkpoint can be converted later.",
     ),
-    Refusal(
-        "checkpoint.async_mode",
-        lambda mode: mode == "async_with_pinned_mem",
-        "saving through pinned memory is not available yet. Use async.",
-    ),
 )
 
 WITHOUT_EFFECT: dict[str, str] = {

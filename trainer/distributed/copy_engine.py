@@ -126,7 +126,17 @@ def _peers(rank: int, ranks: int) -> list[int]:
 
 
 def apply_copy_engine(model: torch.nn.Module, *, group: dist.ProcessGroup, wire_dtype: torch.dtype) -> None:
-    """Have all FSDP units of `model` communicate over `group` by copy engines."""
+    """Have all FSDP units of `model` communicate over `group` by copy engines.
+
+    Raises:
+        ValueError: the group is not one of GPUs of one host.
+    """
+    if not torch.cuda.is_available() or group.size() > torch.cuda.device_count():
+        raise ValueError(
+            f"parallelism.fsdp_collectives = 'copy_engine' needs the {group.size()} ranks of a sharding group to be GPUs of "
+            f"one host, which has {torch.cuda.device_count()}. Use 'nccl', or shard within hosts: set "
+            "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
+        )
     gathers, gradients = SymmetricBuffers(group), SymmetricBuffers(group)
     for module in model.modules():
         if isinstance(module, FSDPModule):

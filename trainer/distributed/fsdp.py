@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_training import TrainingConfig
+from trainer.distributed.copy_engine import apply_copy_engine
 from trainer.distributed.parallel_dims import ParallelDims
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,14 @@ def apply_data_parallel(
         module.set_force_sum_reduction_for_comms(True)
     if parallelism.fsdp_prefetch > 0:
         _set_prefetch([unit[0] for unit in units], parallelism.fsdp_prefetch)
+    if parallelism.fsdp_collectives == "copy_engine" and dims.fsdp > 1:
+        mesh = dims.mesh("fsdp")
+        accumulation = choose_accumulation(
+            model, parallelism=parallelism, training=training, device=torch.device(mesh.device_type)
+        )
+        # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.
+        wire = training.mixed_precision_param if accumulation == "sharded" else training.mixed_precision_reduce
+        apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire))
 
 
 def _get_wrapper(dims: ParallelDims, training: TrainingConfig) -> Callable[[list[nn.Module], bool], None]:

@@ -72,15 +72,14 @@ def set_timeouts(dims: ParallelDims, timeout_seconds: float) -> None:
 def _enable_flight_recorder(comm: CommConfig, dump_folder: Path) -> None:
     """Have NCCL keep its last collectives, and write them to the dump folder when one times out.
 
-    Variables that the user has set stay as they are. Both spellings are set: 2.11 reads the TORCH_NCCL_ names first in
-    places where later versions read TORCH_FR_.
+    Variables that the user has set stay as they are. The file's name goes by both of its spellings, since either is read
+    first in one of the supported versions of torch.
     """
     folder = dump_folder / comm.save_traces_folder
     folder.mkdir(parents=True, exist_ok=True)
     prefix = str(folder / comm.save_traces_file_prefix)
     settings = {
         "TORCH_FR_BUFFER_SIZE": str(comm.trace_buf_size),
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(comm.trace_buf_size),
         "TORCH_FR_DUMP_TEMP_FILE": prefix,
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
