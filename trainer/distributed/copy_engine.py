@@ -40,6 +40,9 @@ class SymmetricBuffers:
         buffer = next((b for b in buffers if not self._is_used(b)), None)
         if buffer is None:
             buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+            # The allocation clears its signals on the default stream, behind the compute that waits there. A peer's signal
+            # that came before would be cleared too, and its barrier never pass: hence no rendezvous before that is done.
+            torch.cuda.synchronize(device)
             self._handles[buffer.data_ptr()] = symmetric_memory.rendezvous(buffer, self._group_name)
             buffers.append(buffer)
         # A tensor of its own over the same memory: a view would keep no reference that tells when its user is done.
