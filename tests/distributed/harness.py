@@ -26,6 +26,9 @@ _PRELOAD = [
     "torch._dynamo",
 ]
 
+# Read before any test hides the GPUs from the programs that it starts, of which the fork server may be one.
+_VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+
 # After one rank has failed the others mostly wait for it in a collective; this long they may still report on their own.
 _GRACE_SECONDS = 0.5
 
@@ -51,6 +54,8 @@ def run_distributed(
             `timeout` seconds (with the Python stacks of those that were).
     """
     payload = pickle.dumps((fn, args))
+    # Defaults that look for an accelerator find none without NCCL, so that a test does the same on every machine.
+    visible_gpus = _VISIBLE_GPUS if "nccl" in backend else ""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks_") as scratch:
@@ -58,7 +63,7 @@ def run_distributed(
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run_rank, args=(writer, payload, rank, world_size, backend, scratch), daemon=True
+                target=_run_rank, args=(writer, payload, rank, world_size, backend, visible_gpus, scratch), daemon=True
             )
             process.start()
             writer.close()
@@ -126,12 +131,21 @@ def _stack_file(scratch: Path, rank: int) -> Path:
     return scratch / f"stacks_{rank}.txt"
 
 
-def _run_rank(pipe: Connection, payload: bytes, rank: int, world_size: int, backend: str, scratch: str) -> None:
+def _run_rank(
+    pipe: Connection,
+    payload: bytes,
+    rank: int,
+    world_size: int,
+    backend: str,
+    visible_gpus: str | None,
+    scratch: str,
+) -> None:
     """What each process runs. It ends with `os._exit`: an interpreter with threads in gloo takes a second to shut down."""
     exit_code = 0
     try:
         with open(_stack_file(Path(scratch), rank), "w") as stacks:
             faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+            _set_visible_gpus(visible_gpus)
             report = (True, _call(payload, rank, world_size, backend, scratch))
             message = pickle.dumps(report)
     except BaseException:
@@ -144,6 +158,14 @@ def _run_rank(pipe: Connection, payload: bytes, rank: int, world_size: int, back
         os._exit(exit_code)
 
 
+def _set_visible_gpus(visible_gpus: str | None) -> None:
+    """Say which GPUs this process sees, before it asks. None: all."""
+    if visible_gpus is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
+
+
 def _call(payload: bytes, rank: int, world_size: int, backend: str, scratch: str) -> Any:
     import torch
     import torch.distributed as dist
@@ -154,13 +176,11 @@ def _call(payload: bytes, rank: int, world_size: int, backend: str, scratch: str
     )
     if "nccl" in backend:
         torch.cuda.set_device(rank)
-    else:
-        # Defaults that look for an accelerator find none, so that a test does the same on every machine.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     store = dist.FileStore(f"{scratch}/store", world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     fn, args = pickle.loads(payload)
     result = fn(*args)
-    # No rank leaves while another still talks to it.
-    dist.barrier()
+    # No rank leaves while another still talks to it; a test of the process group itself may have ended it.
+    if dist.is_initialized():
+        dist.barrier()
     return result

@@ -67,3 +67,12 @@ def test_timeout_names_ranks_and_their_stacks() -> None:
     # Rank 0 waits in the final barrier for rank 1.
     with pytest.raises(RankFailedError, match=r"(?s)ranks \[0, 1\] of 2 did not finish within 4.0 s.*_hang_on"):
         run_distributed(_hang_on, 2, 1, timeout=4.0)
+
+
+def _find_gpus() -> tuple[str | None, bool]:
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available()
+
+
+def test_gpus_are_hidden_where_nothing_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert run_distributed(_find_gpus, 2) == [("", False)] * 2

@@ -9,7 +9,12 @@ import torch.distributed as dist
 from tests.distributed.harness import run_distributed
 from trainer.config.schema_parallel import CommConfig
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.distributed.process_group import get_backend, init_process_group, set_timeouts
+from trainer.distributed.process_group import (
+    check_same_on_all_ranks,
+    get_backend,
+    init_process_group,
+    set_timeouts,
+)
 
 
 def _timeouts(dims: ParallelDims) -> set[timedelta]:
@@ -44,6 +49,33 @@ def test_one_process_needs_no_launcher_and_records_collectives(tmp_path: Path) -
     assert environment["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "comm_traces" / "rank_")
     assert (tmp_path / "comm_traces").is_dir()
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "user", "what the user has set stays"
+
+
+def _compare(value_of_last: str) -> str:
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    try:
+        check_same_on_all_ranks({"the weather": "fair", "the data": value_of_last if is_last else "a"})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_differs_between_ranks_is_named_on_all_of_them() -> None:
+    for message in run_distributed(_compare, 3, "b"):
+        assert message.startswith("the data of rank 2 is not that of rank 0")
+    assert run_distributed(_compare, 3, "a") == [""] * 3
+
+
+def _start_without_recorder(dump_folder: str) -> str | None:
+    dist.destroy_process_group()
+    os.environ.pop("TORCH_FR_BUFFER_SIZE", None)
+    init_process_group(comm=CommConfig(trace_buf_size=0), device_type="cpu", dump_folder=dump_folder)
+    return os.environ.get("TORCH_FR_BUFFER_SIZE")
+
+
+def test_buffer_of_no_collectives_turns_the_recorder_off(tmp_path: Path) -> None:
+    assert run_distributed(_start_without_recorder, 1, str(tmp_path)) == ["0"]
+    assert not (tmp_path / "comm_traces").exists()
 
 
 def test_set_timeouts_reaches_every_group() -> None:

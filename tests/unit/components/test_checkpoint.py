@@ -137,12 +137,28 @@ def test_keep_latest_k_counts_whole_checkpoints_and_leaves_foreign_names_alone(t
     assert left == {"step-100.bak", "xstep-3", "step-007", "step-90", "notes", "step-4", "step-5"}
 
 
-def test_going_back_keeps_the_checkpoint_just_saved(tmp_path):
+def test_a_foreign_folder_of_that_step_is_moved_aside_and_kept(tmp_path, caplog):
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "step-2" / files.TENSOR_INDEX_NAME).write_text("another program's")
+    run = Run(tmp_path, SECTION)
+    assert "step-2 is not a whole checkpoint of this program" in caplog.text
+    run.step(2)
+    run.manager.close()
+    assert files.list_steps(tmp_path) == [2]
+    (kept,) = tmp_path.glob("step-2.not-ours-*")
+    assert (kept / files.TENSOR_INDEX_NAME).read_text() == "another program's"
+
+
+def test_going_back_keeps_what_was_written_last(tmp_path):
     run = Run(tmp_path, replace(SECTION, interval=1, keep_latest_k=2))
     run.step(4)
-    run.manager.save(1)
     run.manager.close()
-    assert files.list_steps(tmp_path) == [1, 3, 4]
+    again = Run(tmp_path, replace(SECTION, interval=1, keep_latest_k=2, load_step=3))
+    assert again.manager.load() == 3
+    for step in (1, 2):  # a run that went far back: its steps are lower, and newer
+        again.manager.save(step)
+    again.manager.close()
+    assert files.list_steps(tmp_path) == [1, 2]
 
 
 def test_save_over_an_existing_step_replaces_it(tmp_path, caplog):
@@ -222,6 +238,28 @@ def test_failing_save_is_reported_and_leaves_nothing(tmp_path, monkeypatch, capl
     assert files.list_steps(tmp_path) == [2, 6]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_files_that_other_hosts_keep_to_themselves_fail_the_save(tmp_path, monkeypatch, caplog, mode):
+    run = Run(tmp_path, replace(SECTION, async_mode=mode))
+    real_save = dcp.save
+
+    def save_elsewhere(*args, **kwargs):
+        metadata = real_save(*args, **kwargs)
+        for file in tmp_path.glob(".step-2.staging/*.distcp"):
+            file.unlink()
+        return metadata
+
+    monkeypatch.setattr(dcp, "save", save_elsewhere)
+
+    def save() -> None:
+        run.step(2)
+        run.manager.wait()
+
+    with pytest.raises(ValueError, match="on a file system that they share"):
+        save()
+    assert files.list_steps(tmp_path) == []
+
+
 def test_background_failure_surfaces_at_the_next_save_and_at_close(tmp_path, monkeypatch):
     run = Run(tmp_path, replace(SECTION, async_mode="async"))
     monkeypatch.setattr(files, "commit", lambda folder, step: (_ for _ in ()).throw(PermissionError("read-only")))
@@ -267,12 +305,13 @@ def test_load_with_nothing_there_returns_none(tmp_path):
     assert Run(tmp_path / "empty").manager.load() is None
 
 
-def test_load_step_that_is_missing_names_those_that_exist(tmp_path):
+def test_load_step_that_is_missing_names_those_that_exist(tmp_path, caplog):
     Run(tmp_path).step(4)
     run = Run(tmp_path, replace(SECTION, load_step=3))
     with pytest.raises(ValueError, match=r"checkpoint\.load_step = 3: .*there are 2, 4"):
         run.manager.load()
     assert run.manager.load(2) == 2
+    assert "also holds later checkpoints (4)" in caplog.text
     with pytest.raises(ValueError, match="there is none at all"):
         Run(tmp_path / "nowhere").manager.load(7)
 
@@ -379,7 +418,7 @@ def test_exclude_from_loading_leaves_a_state_as_it_is(tmp_path):
     assert run.manager.load() == 2
     assert run.optimizer.state_dict()["state.0.weight.step"] == 0
     assert run.lr_scheduler.state_dict() == {"steps_taken": 2}
-    with pytest.raises(ValueError, match=r"no state 'optimiser'; did you mean 'optimizer'\?"):
+    with pytest.raises(ValueError, match=r"no state 'optimiser'\. Did you mean optimizer\?"):
         Run(tmp_path, replace(SECTION, exclude_from_loading=["optimiser"]))
 
 

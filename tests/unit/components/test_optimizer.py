@@ -69,7 +69,7 @@ def test_adam_takes_the_steps_of_torch(name, implementation):
 
 
 def test_unknown_name_is_refused_with_a_suggestion():
-    with pytest.raises(ValueError, match=r"optimizer\.name = 'adamw'.*did you mean AdamW\?.*Adam, AdamW, Muon"):
+    with pytest.raises(ValueError, match=r"optimizer\.name = 'adamw'.*Did you mean AdamW\?.*Adam, AdamW, Muon"):
         get_optimizer_builder("adamw")
     with pytest.raises(ValueError, match=r"'Zzz' is not known\. Known are"):
         build_optimizer(make_model(), section=OptimizerConfig(name="Zzz"))
@@ -199,6 +199,22 @@ def test_skip_with_nan_gradients_changes_nothing(name, implementation, steps_bef
     optimizers.step(skip=torch.tensor(0.0))
     for key, value in model.state_dict().items():
         assert torch.equal(value, reference_model.state_dict()[key]), key
+
+
+def test_skip_is_brought_to_the_parameters_before_the_kernel_reads_it():
+    """torch's fused kernel would copy it from a GPU to offloaded parameters without waiting."""
+
+    class SkipElsewhere:
+        def to(self, device):
+            assert torch.device(device) == torch.device("cpu"), "where the parameters are"
+            return torch.ones(())
+
+    model = nn.Linear(3, 2)
+    optimizers = build_optimizer(model, section=OptimizerConfig(lr=0.1, implementation="fused"))
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).sum().backward()
+    optimizers.step(SkipElsewhere())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "Muon"])

@@ -36,11 +36,14 @@ def find_files(folder):
 def test_trace_is_written_for_the_last_steps_of_each_period(tmp_path):
     section = ProfilingConfig(enable_profiling=True, profile_freq=4, profiler_warmup=1, profiler_active=2)
     with build_profiler(section=section, dump_folder=tmp_path, rank=1, device=CPU) as profiler:
+        due = []
         for step in range(1, 12):
+            due += [step] if profiler.is_due(step) else []
             with torch.profiler.record_function(f"train_step_{step}"):
                 torch.ones(8, 8) @ torch.ones(8, 8)
             profiler.step(step)
     folder = tmp_path / "profile_traces"
+    assert due == [4, 8]
     assert find_files(folder) == ["step_4/rank_1.trace.json.gz", "step_8/rank_1.trace.json.gz"]
     with gzip.open(folder / "step_8" / "rank_1.trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
@@ -52,6 +55,7 @@ def test_trace_is_written_for_the_last_steps_of_each_period(tmp_path):
 def test_disabled_profiler_writes_nothing(tmp_path):
     with build_profiler(section=ProfilingConfig(), dump_folder=tmp_path, rank=0, device=CPU) as profiler:
         for step in range(1, 30):
+            assert not profiler.is_due(step)
             profiler.step(step)
     assert not find_files(tmp_path)
 
@@ -67,6 +71,7 @@ def test_memory_snapshots_come_by_frequency(tmp_path, cuda_recorder):
     section = ProfilingConfig(enable_memory_snapshot=True, profile_freq=2)
     with build_profiler(section=section, dump_folder=tmp_path, rank=0, device=torch.device("cuda")) as profiler:
         for step in range(1, 6):
+            assert profiler.is_due(step) == (step % 2 == 0)
             profiler.step(step)
     assert find_files(tmp_path / "memory_snapshot") == ["step_2/rank_0.pickle", "step_4/rank_0.pickle"]
     assert cuda_recorder[0] == ("record", "all")

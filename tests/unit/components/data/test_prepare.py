@@ -308,7 +308,7 @@ def test_script_prints_summary_and_verifies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--dataset", "jsnl", "--tokenizer", "byte"), 1, "error: unknown data set 'jsnl'; did you mean 'jsonl'?"),
+        (("--dataset", "jsnl", "--tokenizer", "byte"), 1, "error: unknown data set 'jsnl'. Did you mean jsonl?"),
         (
             ("--dataset", "text", "--tokenizer", "byte", "--path", "absent"),
             1,

@@ -274,7 +274,7 @@ def test_bad_rows_counts_up_to_the_limit(caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("stdlb", "unknown data set 'stdlb'; did you mean 'stdlib'"),
+        ("stdlb", "unknown data set 'stdlb'. Did you mean stdlib?"),
         ("zzz", "Known: stdlib, .*hf:NAME"),
         ("hf:", "unknown"),
     ],

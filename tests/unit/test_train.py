@@ -1,0 +1,138 @@
+"""train.py: what `main` answers, and that a run can be started again from what it wrote down."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.training import USER_MODULE, Run
+from trainer import train
+from trainer.config.manager import load_config
+from trainer.config.schema import JobConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DEBUG_CONFIG = str(ROOT / "train_configs" / "debug_llama3.toml")
+
+
+@pytest.fixture
+def answer(monkeypatch, tmp_path, capsys):
+    """Calls `main`, where it must not come to a run. Returns exit code, stdout and stderr."""
+    monkeypatch.setattr(train, "setup_logging", lambda **_: None)
+
+    def call(*argv: str, rank: int = 0, world_size: int = 1):
+        monkeypatch.setattr(train, "_run", lambda *_, **__: pytest.fail("a run was started"))
+        folder = ["--job.dump_folder", str(tmp_path / "run")]
+        code = train.main([*folder, *argv], {"RANK": str(rank), "WORLD_SIZE": str(world_size)})
+        assert not (tmp_path / "run").exists(), "nothing is written before a run"
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_validate_only_prints_the_settings_with_their_origins(answer):
+    code, stdout, stderr = answer(
+        "--job.config_file", DEBUG_CONFIG, "--training.steps=7", "--job.validate_only", world_size=2
+    )
+    assert (code, stderr) == (0, "")
+    assert "steps = 7  # command line" in stdout
+    assert f"lr = 0.002  # {DEBUG_CONFIG}:" in stdout
+    assert "beta1 = 0.9\n" in stdout
+
+
+def test_validate_only_does_not_import_the_users_module(answer, monkeypatch, tmp_path):
+    (tmp_path / "explosive.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert answer("--experimental.custom_import=explosive", "--job.validate_only")[0] == 0
+
+
+def test_all_problems_are_told_at_once_by_the_first_rank_alone(answer):
+    argv = ("--optimizer.lr=-1", "--model.flavor=tiny", "--trainig.steps=3", "--training.dataset=stdlibb")
+    code, stdout, stderr = answer(*argv, world_size=2)
+    assert (code, stdout) == (2, "")
+    for words in ("4 problems", "optimizer.lr", "model.flavor", "trainig.steps", "id you mean", "stdlibb"):
+        assert words in stderr
+    assert "Traceback" not in stderr
+    assert answer(*argv, rank=1, world_size=2) == (2, "", "")
+
+
+def test_number_of_processes_counts(answer):
+    argv = ("--training.local_batch_size=2", "--training.global_batch_size=6", "--job.validate_only")
+    assert answer(*argv, world_size=3)[0] == 0
+    code, _, stderr = answer(*argv, world_size=2)
+    assert code == 2
+    assert "training.global_batch_size" in stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model.name=bloomlett"], r"[Dd]id you mean '?bloomlet\b"),
+        (["--model.flavor=tiniest"], r"[Dd]id you mean '?tiny\b"),
+        (
+            ["--model.flavor=too_small"],
+            "the tokenizer has 259 tokens, but model.flavor = too_small has vocab_size = 100",
+        ),
+        (["--training.dataset=nots"], r"[Dd]id you mean '?notes\b"),
+        (["--optimizer.name=momentun"], r"[Dd]id you mean '?Momentum\b"),
+    ],
+)
+def test_names_that_the_users_module_does_not_register_are_told(tmp_path, argv, words):
+    run = Run(tmp_path)
+    (account,) = run(1, *argv)
+    assert (account.exit_code, account.error) == (2, "")
+    assert "1 problem" in account.stderr
+    assert re.search(words, account.stderr)
+    assert "command line" in account.stderr
+    assert not run.dump_folder.exists()
+
+
+def test_run_can_be_started_again_from_what_it_wrote_down(tmp_path):
+    run = Run(tmp_path)
+    overrides = ["--training.steps=3", "--optimizer.param_groups", '[{match = "*norm*", lr_scale = 0.5}]']
+    argv = ["--job.config_file", str(run.config_file), *overrides, "--job.save_config_file=kept/config.toml"]
+    (first,) = run(1, *argv[2:], keep=(3,))
+    assert first.exit_code == 0, first.stdout + first.stderr
+    written = run.dump_folder / "config.toml"
+    again = load_config(["--job.config_file", str(written)])
+    assert not again.problems
+    assert without_config_file(again.config) == without_config_file(load_config(argv).config)
+    assert "steps = 3  # command line" in written.read_text()
+    assert (run.dump_folder / "kept" / "config.toml").read_text() == written.read_text()
+    losses = run.curve()
+    run.config_file = written
+    (second,) = run(1, f"--job.dump_folder={tmp_path / 'second'}", keep=(3,))
+    assert second.exit_code == 0, second.stdout + second.stderr
+    run.dump_folder = tmp_path / "second"
+    assert run.curve() == losses
+    assert all(value.equal(first.states[3][name]) for name, value in second.states[3].items())
+
+
+def without_config_file(config: JobConfig) -> JobConfig:
+    import dataclasses
+
+    return dataclasses.replace(config, job=dataclasses.replace(config.job, config_file=None))
+
+
+def test_program_answers_without_torch_and_without_a_traceback(tmp_path):
+    """As a process of its own, from another folder, with a torch that cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+    def start(*argv: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "trainer.train", *argv]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    bad = start("--job.config_file", "missing.toml", "--training.seq_len=0")
+    assert bad.returncode == 2
+    assert "missing.toml" in bad.stderr
+    assert "training.seq_len" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    good = start(
+        "--job.config_file", DEBUG_CONFIG, "--job.validate_only", f"--experimental.custom_import={USER_MODULE}"
+    )
+    assert good.returncode == 0, good.stderr
+    assert "steps = 120" in good.stdout
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["torch.py"]

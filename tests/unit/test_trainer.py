@@ -1,0 +1,49 @@
+"""What the trainer does between and after steps, on parts that only note what is asked of them."""
+
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from trainer.components.data.mixture import SourceProgress
+from trainer.components.nonfinite import NonFiniteError
+from trainer.config.schema import JobConfig
+from trainer.trainer import Trainer
+
+
+@pytest.fixture
+def trainer() -> Trainer:
+    """A trainer whose parts are mocks: after step 7, with nothing due."""
+    bare = Trainer.__new__(Trainer)
+    bare.config = JobConfig()
+    bare.state = SimpleNamespace(step=7)
+    for part in ("checkpointer", "dataloader", "garbage_collection", "metrics", "nonfinite", "profiler"):
+        setattr(bare, part, MagicMock(name=part))
+    bare.validator = bare.validation_loader = None
+    bare.checkpointer.should_save.return_value = False
+    bare.profiler.is_due.return_value = False
+    return bare
+
+
+@pytest.mark.parametrize("is_due", [False, True])
+def test_device_is_waited_for_between_steps_only_when_something_is_due(trainer: Trainer, is_due: bool) -> None:
+    trainer.profiler.is_due.return_value = is_due
+    trainer._after_step()
+    trainer.profiler.step.assert_called_once_with(7)
+    assert trainer.metrics.pause.called == is_due, "a pause synchronizes with the device"
+
+
+@pytest.mark.parametrize(("kind", "waits"), [(NonFiniteError, True), (KeyError, False)])
+def test_save_in_the_background_is_finished_when_all_ranks_stop_alike(
+    trainer: Trainer, kind: type, waits: bool
+) -> None:
+    trainer.__exit__(kind)
+    assert trainer.checkpointer.close.called == waits
+    trainer.metrics.close.assert_called_once()
+
+
+def test_tokens_and_epochs_of_each_source_are_named(trainer: Trainer) -> None:
+    trainer.dataloader.describe.return_value = {"a": SourceProgress(2, 16, 0.5), "b": SourceProgress(1, 8, 3.0)}
+    assert trainer._measure_sources() == {
+        "source_tokens/a": 16, "source_tokens/b": 8, "source_epochs/a": 0.5, "source_epochs/b": 3.0,
+    }  # fmt: skip
