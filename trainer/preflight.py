@@ -48,6 +48,30 @@ def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = 
         raise ConfigError(report)
 
 
+def check_registered(loaded: LoadedConfig) -> None:
+    """Checks what `check` left to the user's module (`experimental.custom_import`), which is imported by now: its names
+    must be registered, and what they stand for must fit the rest. Imports torch.
+
+    Raises:
+        ConfigError: something is wrong.
+    """
+    from trainer.components.optimizer import get_optimizer_builder
+
+    config = loaded.config
+    without_module = dataclasses.replace(config.experimental, custom_import="")
+    problems = [
+        problem
+        for problem in find_preflight_problems(dataclasses.replace(config, experimental=without_module))
+        if problem.keys != ("optimizer.name",)  # its table can be asked itself now
+    ]
+    try:
+        get_optimizer_builder(config.optimizer.name)
+    except ValueError as error:
+        problems.append(Problem(_sentence(error), ("optimizer.name",)))
+    if problems:
+        raise ConfigError(_add_origins(problem, loaded.origins) for problem in problems)
+
+
 def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
     """What does not fit the model, the tokenizer, the data sets or the user's own module.
 

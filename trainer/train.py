@@ -15,23 +15,27 @@ from trainer.components.logging_setup import setup_logging
 from trainer.config.errors import ConfigError
 from trainer.config.manager import LoadedConfig, load_config
 from trainer.config.render import format_config, write_config
-from trainer.preflight import check
+from trainer.preflight import check, check_registered
 
 logger = logging.getLogger(__name__)
 
 BAD_CONFIGURATION = 2
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run what the command line asks for. Return the exit code: 0, or 2 for a configuration that cannot be run."""
+    """Run what the command line asks for. Return the exit code: 0, 2 for a configuration that cannot be run, 130 after Ctrl-C."""
     rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    shown_ranks = {int(word) for word in environment.get("LOG_RANK", "0").split(",")}
+    shown_ranks = {int(word) for word in environment.get("LOG_RANK", "0").split(",") if word.strip().isdecimal()}
     setup_logging(rank=rank, shown_ranks=shown_ranks)
     loaded = load_config(argv)
     config = loaded.config
     setup_logging(rank=rank, shown_ranks=shown_ranks, color=not config.metrics.disable_color_printing)
     try:
         check(loaded, world_size, log_warnings=rank == 0)
+        if config.experimental.custom_import and not config.job.validate_only:
+            importlib.import_module(config.experimental.custom_import)
+            check_registered(loaded)
     except ConfigError as error:
         # Every rank finds the same; one tells it.
         if rank == 0:
@@ -40,16 +44,13 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     if config.job.validate_only:
         print(format_config(loaded))
         return 0
-    _run(loaded, environment, rank=rank, world_size=world_size)
-    return 0
+    return _run(loaded, environment, rank=rank, world_size=world_size)
 
 
-def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, world_size: int) -> None:
+def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, world_size: int) -> int:
     config = loaded.config
     if rank == 0:
         _write_down(loaded)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
 
     # Late: importing torch takes seconds, and no answer above needs it.
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -68,7 +69,14 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
         with Trainer(config, launch) as trainer:
             trainer.train()
 
-    train()
+    try:
+        train()
+    except KeyboardInterrupt:
+        # The user knows why: no traceback. torchrun, which got the same signal, ends the other processes.
+        kept = "the same command goes on from the newest checkpoint" if config.checkpoint.enable else "nothing was kept"
+        logger.warning("interrupted; %s", kept)
+        return INTERRUPTED
+    return 0
 
 
 def _write_down(loaded: LoadedConfig) -> None:

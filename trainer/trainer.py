@@ -1,8 +1,8 @@
 """The training loop. `Trainer` builds the parts of a run from its configuration and takes its steps."""
 
+import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.common.attention import (
+    AttentionShape,
     attention_kernels,
     build_document_mask,
     describe_attention_kernel,
@@ -26,7 +27,7 @@ from trainer.components.garbage_collection import GarbageCollection
 from trainer.components.loss import IGNORE_INDEX, LinearCrossEntropy
 from trainer.components.lr_scheduler import build_lr_scheduler
 from trainer.components.metrics import MetricsLogger, Workload
-from trainer.components.nonfinite import NonFiniteGuard
+from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard
 from trainer.components.optimizer import build_optimizer
 from trainer.components.profiling import build_profiler
 from trainer.components.tokenizer import build_tokenizer
@@ -35,7 +36,7 @@ from trainer.config.schema import JobConfig
 from trainer.distributed.fsdp import choose_accumulation, reshard, set_gradient_sync
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.distributed.process_group import init_process_group, set_timeouts
+from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, set_timeouts
 from trainer.distributed.weight_init import init_weights
 from trainer.parallelize import parallelize
 
@@ -97,6 +98,7 @@ class Trainer(AbstractContextManager):
             needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
         )
         self.dims.build_mesh(self.device.type)
+        self._check_same_on_all_ranks()
 
         self.model_args, self.model = self._build_model()
         self.loss_fn = self._build_loss()
@@ -123,6 +125,10 @@ class Trainer(AbstractContextManager):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close what the parts hold open. After an error the process group is left alone: other ranks may not come along."""
+        if kind is not None and issubclass(kind, NonFiniteError):
+            # All ranks stop at the same step. A save in the background is of a step before: it is worth waiting for.
+            with contextlib.suppress(RuntimeError):  # it has told why it failed
+                self.checkpointer.close()
         self.garbage_collection.close()
         self.dataloader.close()
         if self.validation_loader is not None:
@@ -140,22 +146,34 @@ class Trainer(AbstractContextManager):
             NonFiniteError: loss or gradient was not finite, and the policy says to stop.
         """
         config = self.config
-        with attention_kernels(self.device.type), self.profiler:
+        with attention_kernels(self.device.type):
+            # Outside of the run's profiler, since it has one of its own.
             self._log_attention_kernel()
             if config.checkpoint.create_seed_checkpoint:
                 self.checkpointer.save_seed()
                 return
-            self.checkpointer.load()
-            self.metrics.begin(step=self.state.step, tokens_seen=self.state.tokens_seen)
-            first_step = self.state.step + 1
-            while self.state.step < config.training.steps:
-                self.train_step()
-                if self.state.step == first_step:
-                    # From here on no collective waits for compilation, whatever the step that the run began at.
-                    set_timeouts(self.dims, config.comm.train_timeout_seconds)
-                self._after_step()
-            self._settle_nonfinite()
+            with self.profiler:
+                self.checkpointer.load()
+                self._take_steps()
         self._finish()
+
+    def _take_steps(self) -> None:
+        """Take the steps that are left, with what is due after each."""
+        steps = self.config.training.steps
+        self.metrics.begin(step=self.state.step, tokens_seen=self.state.tokens_seen)
+        if self.state.step >= steps:
+            logger.info(
+                "nothing is left to do: step %d is done, and training.steps = %d. Raise it to go on, or choose another "
+                "job.dump_folder to begin anew", self.state.step, steps,
+            )  # fmt: skip
+        first_step = self.state.step + 1
+        while self.state.step < steps:
+            self.train_step()
+            if self.state.step == first_step:
+                # From here on no collective waits for compilation, whatever the step that the run began at.
+                set_timeouts(self.dims, self.config.comm.train_timeout_seconds)
+            self._after_step()
+        self._settle_nonfinite()
 
     def train_step(self) -> None:
         """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
@@ -175,13 +193,19 @@ class Trainer(AbstractContextManager):
         self.optimizers.step(skip)
         self.lr_scheduler.step()
         self.state.tokens_seen = self.metrics.tokens_seen
-        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr)
+        progress = self._measure_sources() if self.metrics.should_log(self.state.step) else {}
+        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr, extra=progress)
+
+    def _measure_sources(self) -> dict[str, float]:
+        """Return tokens and epochs of each source of the data up to here, for the curves."""
+        sources = self.dataloader.describe().items()
+        tokens = {f"source_tokens/{name}": float(progress.tokens) for name, progress in sources}
+        return tokens | {f"source_epochs/{name}": progress.epochs for name, progress in sources}
 
     def _next_batch(self) -> dict[str, Tensor]:
         """Return this rank's next microbatch, on its device."""
-        began = time.perf_counter()
         batch = self.dataloader.next_batch()
-        self.metrics.add_data_wait(time.perf_counter() - began)
+        self.metrics.add_data_wait(self.dataloader.take_wait_seconds())
         self.metrics.add_tokens(batch["tokens"].numel())
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
@@ -231,7 +255,8 @@ class Trainer(AbstractContextManager):
             with self.metrics.pause():
                 self.checkpointer.save(step, last)
             self.metrics.event("checkpoint", step, quiet=True)
-        with self.metrics.pause():
+        # Only then: a pause waits for the device, and would leave it idle between any two steps.
+        with self.metrics.pause() if self.profiler.is_due(step) else contextlib.nullcontext():
             self.profiler.step(step)
         self.garbage_collection.step(step)
 
@@ -254,6 +279,16 @@ class Trainer(AbstractContextManager):
             seed=self.seed,
             device_type=self.device.type,
         )
+
+    def _check_same_on_all_ranks(self) -> None:
+        """Check what each rank found out for itself, from files that hosts may have of their own."""
+        values = {
+            f"[{name}]": repr(getattr(self.config, name)) for name in ("optimizer", "lr_scheduler", "parallelism")
+        }
+        values["the order of the training data"] = self.dataloader.fingerprint
+        if self.validation_loader is not None:
+            values["the order of the validation data"] = self.validation_loader.fingerprint
+        check_same_on_all_ranks(values)
 
     def _build_validation_loader(self) -> Any:
         config = self.config
@@ -344,6 +379,8 @@ class Trainer(AbstractContextManager):
 
     def _log_attention_kernel(self) -> None:
         """Say which attention kernel really runs, and warn of a slow one."""
+        if not isinstance(self.model_args, AttentionShape):
+            return  # a user's network, with an attention of its own or none
         training = self.config.training
         dtype = getattr(torch, training.mixed_precision_param)
         kernel = describe_attention_kernel(
@@ -352,7 +389,7 @@ class Trainer(AbstractContextManager):
         logger.info("attention: %s", kernel)
         reason = get_slow_attention_reason(kernel, self.device)
         if reason is not None:
-            logger.warning("attention is slower than it could be: %s", reason)
+            logger.warning("attention is slower than it could be: %s", reason, extra={"same_on_all_ranks": True})
 
 
 def sum_of(values: list[Tensor]) -> Tensor:

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.stateful import Stateful
 
 from trainer.components import checkpoint_files as files
 from trainer.components.checkpoint_ranks import Ranks
 from trainer.components.checkpoint_read import MODEL, RNG, CheckpointReader
+from trainer.components.checkpoint_staging import PinnedStager, build_stager
 from trainer.components.checkpoint_state import ModelState, RngState, is_plain, merge_plain
 from trainer.config.schema import CheckpointConfig
 
@@ -264,8 +265,13 @@ class CheckpointManager:
         return copies[0]
 
     def _write(self, step: int, tensors: dict[str, Any], ranks: Ranks) -> None:
-        writer = dcp.FileSystemWriter(files.staging_path(self._folder, step), sync_files=True)
+        staging = files.staging_path(self._folder, step)
+        writer = dcp.FileSystemWriter(staging, sync_files=True)
         dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
+        if ranks.rank == 0:
+            # What `save` returns lacks the files' names in torch 2.11.
+            written = dcp.FileSystemReader(staging).read_metadata().storage_data
+            files.check_complete(staging, {stored.relative_path for stored in written.values()})
 
     def _commit(self, save: _Save) -> None:
         """Make the checkpoint whole, report it, and let old ones go. On rank 0."""
@@ -285,9 +291,9 @@ class CheckpointManager:
             self._deletions.append(_in_thread("checkpoint-delete", lambda: self._delete_old(save.step)))
 
     def _delete_old(self, newest: int) -> None:
-        """Delete all but the newest whole checkpoints. The one just saved always stays."""
+        """Delete all but the whole checkpoints that were written last. The one just saved always stays."""
         with self._deletion_lock:
-            for step in files.list_steps(self._folder)[: -self._section.keep_latest_k]:
+            for step in files.list_steps_by_age(self._folder)[: -self._section.keep_latest_k]:
                 if step == newest:
                     continue
                 try:
@@ -316,14 +322,9 @@ class CheckpointManager:
     def _make_stager(self) -> DefaultStager:
         """Return what copies tensors to the host: for `async` one for each save, whose memory is freed after it."""
         if self._section.async_mode == "async":
-            return DefaultStager(StagingOptions(False, False, False, False))
+            return build_stager()
         if self._pinned_stager is None:
-            cuda = torch.cuda.is_available()
-            self._pinned_stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
-                )
-            )
+            self._pinned_stager = PinnedStager(pin=torch.cuda.is_available())
         return self._pinned_stager
 
     def _copy_buffers(self, tensors: dict[str, Any]) -> dict[str, Any]:

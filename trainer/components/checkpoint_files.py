@@ -14,6 +14,8 @@ import logging
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,22 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match, path in matches if match and is_whole(path))
 
 
+def list_steps_by_age(folder: Path) -> list[int]:
+    """Return the steps of the whole checkpoints in a folder, first written first: not by step if a run went back in time."""
+    return sorted(list_steps(folder), key=lambda step: (step_path(folder, step) / MANIFEST_NAME).stat().st_mtime_ns)
+
+
 def clean_leftovers(folder: Path) -> None:
-    """Remove what a crash left half written or half deleted, and put back what was moved aside."""
+    """Remove what a crash left half written or half deleted, put back what was moved aside, and name what is not ours."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
+        if _STEP_NAME.fullmatch(path.name) and not is_whole(path):
+            logger.warning(
+                "%s is not a whole checkpoint of this program: it is neither resumed from nor deleted. To begin from "
+                "another program's, name it in checkpoint.initial_load_path.",
+                path,
+            )
         match = _HIDDEN_NAME.fullmatch(path.name)
         if not match:
             continue
@@ -80,6 +93,20 @@ def prepare_staging(folder: Path, step: int) -> Path:
     return path
 
 
+def check_complete(path: Path, names: Iterable[str]) -> None:
+    """Check that all files of a checkpoint are in its folder.
+
+    Raises:
+        ValueError: some are not: other hosts wrote theirs to a disk of their own.
+    """
+    missing = sorted(name for name in names if not (path / name).is_file())
+    if missing:
+        raise ValueError(
+            f"{len(missing)} files that other ranks wrote are not in {path} (such as {missing[0]}): all hosts must see the "
+            "same folder. Set job.dump_folder to one on a file system that they share"
+        )
+
+
 def discard_staging(folder: Path, step: int) -> None:
     """Remove what a failed save wrote, so that a full disk has room again. Failing to is only logged."""
     try:
@@ -98,7 +125,11 @@ def commit(folder: Path, step: int) -> Path:
     assert is_whole(staging), f"{staging} is not complete"
     _sync_folder(staging)
     aside = folder / f".step-{step}.replaced"
-    if final.exists():
+    if final.exists() and not is_whole(final):
+        kept = folder / f"step-{step}.not-ours-{time.time_ns()}"
+        logger.warning("%s is not a whole checkpoint of this program; it is moved to %s.", final, kept)
+        final.rename(kept)
+    elif final.exists():
         logger.warning("%s exists and is replaced.", final)
         if aside.exists():
             shutil.rmtree(aside)

@@ -1,6 +1,5 @@
 """Choosing a checkpoint and reading it into the states of a run. All reading of checkpoints is here."""
 
-import difflib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from trainer.components import checkpoint_files as files
 from trainer.components.checkpoint_ranks import Ranks
 from trainer.components.checkpoint_state import select_plain
+from trainer.config.fields import suggest
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,9 @@ class CheckpointReader:
         self._ranks = ranks
         for name in section.exclude_from_loading:
             if name not in states:
-                close = difflib.get_close_matches(name, states, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
-                    f"checkpoint.exclude_from_loading: there is no state {name!r}{hint} (there are {', '.join(states)})"
+                    f"checkpoint.exclude_from_loading: there is no state {name!r}.{suggest(name, states)} There are "
+                    f"{', '.join(states)}"
                 )
 
     def load(self, step: int) -> int | None:
@@ -83,6 +82,12 @@ class CheckpointReader:
                     f"checkpoint.load_step = {step}: there is no whole checkpoint of that step in {self._folder}; "
                     f"{_describe_steps(steps)}"
                 )
+            newer = [str(other) for other in steps if other > step]
+            if newer:
+                logger.warning(
+                    "%s also holds later checkpoints (%s). Without checkpoint.load_step a later start goes on from the newest: "
+                    "move them away, or give this run a folder of its own.", self._folder, ", ".join(newer),
+                )  # fmt: skip
             return self._source(files.step_path(self._folder, step), step)
         source = self._choose_newest(steps)
         if source is None:
@@ -250,7 +255,7 @@ def _check_fit(path: Path, wanted: Mapping[str, Any], metadata: Metadata) -> Non
             "parts out with checkpoint.exclude_from_loading"
         )
     if recast:
-        logger.warning("%s: dtypes are converted: %s", path, _count(recast))
+        logger.warning("%s: dtypes are converted: %s", path, _count(recast), extra={"same_on_all_ranks": True})
 
 
 def _count(items: Sequence[str], shown: int = 4) -> str:

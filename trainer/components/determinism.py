@@ -19,7 +19,7 @@ def set_determinism(*, debug: DebugConfig, seed: int, rank: int) -> None:
     random.seed(rank_seed)
     np.random.seed(rank_seed % 2**32)
     torch.manual_seed(rank_seed)
-    if debug.deterministic or debug.deterministic_warn_only:
+    if debug.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False

@@ -90,7 +90,7 @@ def build_schedule(section: LRSchedulerConfig, *, steps: int) -> Schedule:
     if warmup > total:
         logger.warning(
             "lr_scheduler.warmup_steps = %d is longer than the schedule of %d steps: it warms up over all of them and never "
-            "decays.", warmup, total,
+            "decays.", warmup, total, extra={"same_on_all_ranks": True},
         )  # fmt: skip
         warmup = total
     decay = total - warmup if section.decay_ratio is None else round(total * section.decay_ratio)
@@ -98,6 +98,7 @@ def build_schedule(section: LRSchedulerConfig, *, steps: int) -> Schedule:
         logger.warning(
             "lr_scheduler: warm-up (%d steps) and decay (decay_ratio = %g, %d steps) are longer than the schedule of %d steps: "
             "the decay is cut to %d steps.", warmup, section.decay_ratio, decay, total, total - warmup,
+            extra={"same_on_all_ranks": True},
         )  # fmt: skip
         decay = total - warmup
     return Schedule(warmup, total + 1 - warmup - decay, decay, section.decay_type, section.min_lr_factor)

@@ -79,10 +79,7 @@ class NonFiniteGuard:
             return False
         self.total_skipped += 1
         self._in_a_row += 1
-        record = {"step": verdict.step, "loss": str(loss), "grad_norm": str(grad_norm), "batch": verdict.batch}
-        if self.is_writer:
-            with self.record_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        self._write_down({"step": verdict.step, "loss": str(loss), "grad_norm": str(grad_norm), "batch": verdict.batch})
         where = f"step {verdict.step}: loss {loss}, gradient norm {grad_norm}; no rank updated. Batch: {verdict.batch}"
         if self.policy == "stop":
             raise NonFiniteError(
@@ -95,5 +92,15 @@ class NonFiniteGuard:
                 f"training.nonfinite_max_skips = {self.max_skips}: the weights are probably lost, "
                 "resume from an earlier checkpoint with a lower learning rate"
             )
-        logger.warning("Skipped %s", where)
+        logger.warning("Skipped %s", where, extra={"same_on_all_ranks": True})
         return True
+
+    def _write_down(self, record: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        try:
+            with self.record_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            # Raised here it would end this rank alone, and leave the others to a timeout. The log has the record too.
+            logger.warning("%s: %s. The record is %s", self.record_path, error, record)

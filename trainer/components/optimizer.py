@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.components.fqn import as_model_parts, clean_fqn, named_parameters
 from trainer.components.muon import ShardedMuon
+from trainer.config.fields import suggest
 from trainer.config.schema_training import OptimizerConfig, ParamGroupConfig
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class Optimizers:
     def step(self, skip: Tensor | None = None) -> None:
         """Update the parameters, unless `skip` says not to: then parameters, moments and step counts stay as they are.
 
-        skip: 0-dim float32 on the parameters' device, 1.0 to skip and 0.0 not to, the same on all ranks. Fused Adam
-            and AdamW read it on the device; for any other optimizer the host waits for its value.
+        skip: 0-dim float32, 1.0 to skip and 0.0 not to, the same on all ranks. Fused Adam and AdamW read it on the
+            parameters' device; for any other optimizer, and where it lies elsewhere, the host waits for its value.
         """
         if skip is not None and not all(_reads_skip_on_device(optimizer) for optimizer in self.optimizers):
             if bool(skip):
@@ -94,8 +95,9 @@ class Optimizers:
             if skip is None:
                 optimizer.step()
                 continue
-            # The name under which torch's fused kernels look for GradScaler's verdict.
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            # The name under which torch's fused kernels look for GradScaler's verdict. Where parameters are offloaded to the
+            # CPU, torch would copy it there without waiting for the copy, and read whatever the memory holds.
+            optimizer.found_inf = skip.to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
             try:
                 optimizer.step()
             finally:
@@ -177,10 +179,8 @@ def get_optimizer_builder(name: str) -> OptimizerBuilder:
     """
     if name in _BUILDERS:
         return _BUILDERS[name]
-    close = difflib.get_close_matches(name.lower(), [known.lower() for known in _BUILDERS], n=1)
-    hint = next((f"; did you mean {known}?" for known in _BUILDERS if known.lower() in close), ".")
     raise ValueError(
-        f"optimizer.name = {name!r} is not known{hint} Known are {', '.join(sorted(_BUILDERS))}, "
+        f"optimizer.name = {name!r} is not known.{suggest(name, _BUILDERS)} Known are {', '.join(sorted(_BUILDERS))}, "
         "and what a module named by experimental.custom_import registers."
     )
 
@@ -274,7 +274,8 @@ def _build_muon(parameters: list[TrainedParameter], section: OptimizerConfig) ->
         )
     else:
         logger.warning(
-            "optimizer.name = Muon, but this part of the model has no hidden matrix: AdamW trains all of it."
+            "optimizer.name = Muon, but this part of the model has no hidden matrix: AdamW trains all of it.",
+            extra={"same_on_all_ranks": True},
         )
     if rest:
         optimizers.append(_build_adam(torch.optim.AdamW, rest, section))

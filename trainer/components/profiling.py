@@ -40,6 +40,10 @@ class Profiler(AbstractContextManager):
             self._trace.start()
         return self
 
+    def is_due(self, step: int) -> bool:
+        """Whether the coming call `step(step)` writes a file, which takes time that is no training."""
+        return any(part is not None and part.is_due(step) for part in (self._trace, self._memory))
+
     def step(self, step: int) -> None:
         """Note that `step` is done: a trace or a snapshot is written when it is the turn of this step."""
         if self._trace is not None:
@@ -86,8 +90,8 @@ class _Trace:
                 f"profiling.profile_freq = {freq}: must be at least profiler_warmup + profiler_active ({warmup} + {active}), "
                 "and profiler_active at least 1. Raise the first, or lower the others"
             )
-        self._folder, self._rank = folder, rank
-        self._step = 0
+        self._folder, self._rank, self._freq = folder, rank, freq
+        self._step = self._steps_seen = 0
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -101,8 +105,12 @@ class _Trace:
     def start(self) -> None:
         self._profiler.start()
 
+    def is_due(self, step: int) -> bool:
+        return (self._steps_seen + 1) % self._freq == 0
+
     def step(self, step: int) -> None:
         self._step = step
+        self._steps_seen += 1
         self._profiler.step()
 
     def stop(self) -> None:
@@ -132,9 +140,12 @@ class _MemorySnapshots:
     def start(self) -> None:
         torch.cuda.memory._record_memory_history(max_entries=MEMORY_HISTORY)
 
+    def is_due(self, step: int) -> bool:
+        return step % self._freq == 0
+
     def step(self, step: int) -> None:
         self._step = step
-        if step % self._freq == 0:
+        if self.is_due(step):
             self.write(f"step_{step}")
 
     def write(self, name: str) -> None:

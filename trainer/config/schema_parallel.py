@@ -16,8 +16,8 @@ class ParallelismConfig:
     """Free a block's gathered weights after its forward pass. default: yes, but not under pipeline parallelism."""
     fsdp_accumulation: Literal["auto", "sharded", "unsharded"] = "auto"
     """Gradient accumulation: reduce every microbatch (sharded), or only the last and hold whole gradients until then (unsharded: faster, 4 bytes a parameter). auto: unsharded when that takes under a tenth of the device memory."""
-    fsdp_collectives: Literal["nccl", "copy_engine"] = "nccl"
-    """How FSDP gathers weights and reduces gradients. copy_engine leaves the GPU's multiprocessors to the model, and sends gradients in the dtype of the backward pass while summing them in `training.mixed_precision_reduce`: for GPUs of one host joined by NVLink."""
+    fsdp_collectives: Literal["nccl", "copy_engine", "auto"] = "nccl"
+    """How FSDP gathers weights and reduces gradients. copy_engine leaves the GPU's multiprocessors to the model, and sends gradients in the dtype of the backward pass while summing them in `training.mixed_precision_reduce`; it needs the GPUs of a sharding group to be of one host and to reach each other's memory (NVLink). auto: copy_engine where that is so, else nccl."""
     fsdp_prefetch: int = 0
     """Further blocks whose weights are gathered ahead of use. 0 leaves it to FSDP2, which gathers one ahead."""
     tensor_parallel_degree: int = 1

@@ -257,6 +257,14 @@ def _warn_misleading(config: JobConfig) -> Iterator[Problem]:
     if config.debug.deterministic_warn_only and not config.debug.deterministic:
         message = "debug.deterministic_warn_only = true has no effect without debug.deterministic = true."
         yield Problem(message, ("debug.deterministic_warn_only", "debug.deterministic"))
+    training = config.training
+    accumulates_whole = config.parallelism.fsdp_accumulation == "unsharded"
+    if training.dtype == "bfloat16" and training.global_batch_size != -1 and not accumulates_whole:
+        message = (
+            "training.dtype = bfloat16: gradients of several microbatches are added up in bfloat16, and small ones get "
+            "lost. parallelism.fsdp_accumulation = unsharded adds them up in training.mixed_precision_reduce."
+        )
+        yield Problem(message, ("training.dtype", "training.global_batch_size"))
     checkpoint = config.checkpoint
     if checkpoint.enable and checkpoint.last_save_model_only and not checkpoint.load_only:
         message = (

@@ -8,6 +8,7 @@ A barrier before the copies says that every peer's input is there, one after the
 """
 
 import math
+import socket
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -128,18 +129,28 @@ def _peers(rank: int, ranks: int) -> list[int]:
     return [(rank + distance) % ranks for distance in range(1, ranks)]
 
 
-def apply_copy_engine(model: torch.nn.Module, *, group: dist.ProcessGroup, wire_dtype: torch.dtype) -> None:
-    """Have all FSDP units of `model` communicate over `group` by copy engines.
+def find_obstacle(group: dist.ProcessGroup) -> str | None:
+    """Return why the ranks of a group cannot use copy engines, or None if they can. Collective over the group."""
+    devices: list[tuple[str, int] | None] = [None] * group.size()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    dist.all_gather_object(devices, (socket.gethostname(), device), group=group)
+    places = [place for place in devices if place is not None]
+    if any(index < 0 for _, index in places):
+        return "there is a rank without a GPU"
+    hosts = sorted({host for host, _ in places})
+    if len(hosts) > 1:
+        return f"the sharding group spans the hosts {', '.join(hosts)}"
+    unreachable = [
+        index for _, index in places if index != device and not torch.cuda.can_device_access_peer(device, index)
+    ]
+    reasons: list[str | None] = [None] * group.size()
+    reason = f"GPU {device} cannot reach the memory of the GPUs {unreachable}" if unreachable else None
+    dist.all_gather_object(reasons, reason, group=group)
+    return next((found for found in reasons if found), None)
 
-    Raises:
-        ValueError: the group is not one of GPUs of one host.
-    """
-    if not torch.cuda.is_available() or group.size() > torch.cuda.device_count():
-        raise ValueError(
-            f"parallelism.fsdp_collectives = 'copy_engine' needs the {group.size()} ranks of a sharding group to be GPUs of "
-            f"one host, which has {torch.cuda.device_count()}. Use 'nccl', or shard within hosts: set "
-            "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
-        )
+
+def apply_copy_engine(model: torch.nn.Module, *, group: dist.ProcessGroup, wire_dtype: torch.dtype) -> None:
+    """Have all FSDP units of `model` communicate over `group`, which has no obstacle, by copy engines."""
     gathers, gradients = SymmetricBuffers(group), SymmetricBuffers(group)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_training import TrainingConfig
-from trainer.distributed.copy_engine import apply_copy_engine
+from trainer.distributed.copy_engine import apply_copy_engine, find_obstacle
 from trainer.distributed.parallel_dims import ParallelDims
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def apply_data_parallel(
     a mesh of one, so that mixed precision is the same; without a process group only plain fp32 is left to do: nothing.
 
     Raises:
-        ValueError: a glob of the plan matches nothing, or mixed precision is asked for without a process group.
+        ValueError: a glob of the plan matches nothing, mixed precision is asked for without a process group, or copy engines
+            where they cannot be used.
     """
     if not dims.has_mesh:
         if training.mixed_precision_param != training.dtype:
@@ -62,14 +63,30 @@ def apply_data_parallel(
         module.set_force_sum_reduction_for_comms(True)
     if parallelism.fsdp_prefetch > 0:
         _set_prefetch([unit[0] for unit in units], parallelism.fsdp_prefetch)
-    if parallelism.fsdp_collectives == "copy_engine" and dims.fsdp > 1:
-        mesh = dims.mesh("fsdp")
-        accumulation = choose_accumulation(
-            model, parallelism=parallelism, training=training, device=torch.device(mesh.device_type)
-        )
-        # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.
-        wire = training.mixed_precision_param if accumulation == "sharded" else training.mixed_precision_reduce
-        apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire))
+    if parallelism.fsdp_collectives != "nccl" and dims.fsdp > 1:
+        _use_copy_engine(model, dims=dims, parallelism=parallelism, training=training)
+
+
+def _use_copy_engine(
+    model: nn.Module, *, dims: ParallelDims, parallelism: ParallelismConfig, training: TrainingConfig
+) -> None:
+    mesh = dims.mesh("fsdp")
+    obstacle = find_obstacle(mesh.get_group())
+    if obstacle is not None:
+        if parallelism.fsdp_collectives == "copy_engine":
+            raise ValueError(
+                f"parallelism.fsdp_collectives = 'copy_engine' cannot be used: {obstacle}. Use 'nccl', or shard within hosts by "
+                "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
+            )
+        logger.info("FSDP communicates through the process group's backend: %s", obstacle)
+        return
+    accumulation = choose_accumulation(
+        model, parallelism=parallelism, training=training, device=torch.device(mesh.device_type)
+    )
+    # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.
+    wire = training.mixed_precision_param if accumulation == "sharded" else training.mixed_precision_reduce
+    apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire))
+    logger.info("FSDP communicates by copy engines, gradients as %s", wire)
 
 
 def _get_wrapper(dims: ParallelDims, training: TrainingConfig) -> Callable[[list[nn.Module], bool], None]:
@@ -152,7 +169,8 @@ def choose_accumulation(
         if parallelism.fsdp_accumulation == "unsharded" and not reduces_in_fp32:
             logger.warning(
                 "parallelism.fsdp_accumulation = 'unsharded' adds microbatches up in the dtype of the reduction: "
-                "training.mixed_precision_reduce = 'bfloat16' loses bits there"
+                "training.mixed_precision_reduce = 'bfloat16' loses bits there",
+                extra={"same_on_all_ranks": True},
             )
         return parallelism.fsdp_accumulation
     if not reduces_in_fp32:

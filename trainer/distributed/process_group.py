@@ -1,7 +1,9 @@
 """The process group: backend, timeouts and flight recorder."""
 
+import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,6 +34,8 @@ def init_process_group(
     """
     if comm.trace_buf_size > 0:
         _enable_flight_recorder(comm, Path(dump_folder))
+    else:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # torch records by default
     backend = get_backend(device_type, needs_cpu_backend)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     if world_size == 1:
@@ -51,6 +55,28 @@ def get_backend(device_type: str, needs_cpu_backend: bool = False) -> str:
     if device_type == "cuda":
         return "cpu:gloo,cuda:nccl" if needs_cpu_backend else "nccl"
     raise ValueError(f"device type {device_type!r} has no communication backend here: cuda and cpu have")
+
+
+def check_same_on_all_ranks(values: Mapping[str, str]) -> None:
+    """Check that every rank has the same values. Hosts may have settings, data or versions of their own. Collective.
+
+    values: what it is, as a message names it, and its content.
+
+    Raises:
+        ValueError: on all ranks, where some differ.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mine = {name: hashlib.sha256(value.encode()).hexdigest() for name, value in values.items()}
+    by_rank: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(by_rank, mine)
+    for name in mine:
+        others = [rank for rank, theirs in enumerate(by_rank) if theirs[name] != by_rank[0][name]]
+        if others:
+            raise ValueError(
+                f"{name} of rank {', '.join(map(str, others))} is not that of rank 0: the run would go wrong without a word. "
+                "Give all hosts the same settings, files and versions"
+            )
 
 
 def set_timeouts(dims: ParallelDims, timeout_seconds: float) -> None:

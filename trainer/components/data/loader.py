@@ -250,6 +250,7 @@ class DataLoader:
                 state["global_batch_size"],
                 self.shape.global_batch_size,
                 state["sequences"],
+                extra={"same_on_all_ranks": True},
             )
         self.close()
         self._consumed = int(state["sequences"])

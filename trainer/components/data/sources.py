@@ -1,6 +1,5 @@
 """The table of data sets: one line each, from a name to the files that hold its documents."""
 
-import difflib
 import glob
 import hashlib
 import json
@@ -22,6 +21,7 @@ from trainer.components.data.document_files import (
     TextFile,
     load_hugging_face,
 )
+from trainer.config.fields import suggest
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,8 @@ def get_source_spec(name: str) -> SourceSpec:
         return _hugging_face_spec(name)
     if name in SOURCES:
         return SOURCES[name]
-    close = difflib.get_close_matches(name, [*SOURCES, HUGGING_FACE_PREFIX + "NAME"], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown data set {name!r}{hint} Known: {', '.join(SOURCES)}, {HUGGING_FACE_PREFIX}NAME")
+    known = [*SOURCES, HUGGING_FACE_PREFIX + "NAME"]
+    raise ValueError(f"unknown data set {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
 
 
 def register_source(spec: SourceSpec) -> None:
