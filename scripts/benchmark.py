@@ -15,7 +15,7 @@ What follows `--` overrides settings. A list of cases is a TOML (or JSON) file; 
 Each case runs through torchrun with `metrics.log_freq 1`, and without checkpoints, validation and TensorBoard unless its
 overrides say otherwise; the first `warmup` steps are left out of the figures. The first run of a case finds empty compile
 caches (the cold start); `--warm-start` runs it again for a few steps with the caches of the first. Time to the first step
-counts from the launch of torchrun. The results go to `<out>/results.json` and `<out>/results.md`, after each case.
+counts from the launch of torchrun, and includes making token files of a data set that was never used. The results go to `<out>/results.json` and `<out>/results.md`, after each case.
 
 Exit code 0: all cases ran. 1: some failed; the end of their output is shown and the others are run all the same.
 """
@@ -79,6 +79,8 @@ class Case:
     overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.nproc < 1:
+            raise ValueError(f"{self.title}: nproc = {self.nproc} must be at least 1")
         if self.warmup < 1 or self.steps <= self.warmup:
             raise ValueError(f"{self.title}: steps = {self.steps} must be more than warmup = {self.warmup}, at least 1")
 
@@ -122,13 +124,12 @@ def launch_run(case: Case, *, steps: int, folder: Path, caches: Path, timeout: f
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={case.nproc}"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--local_addr=localhost", "-m", "trainer.train"]
-    command += ["--job.config_file", case.config, *DEFAULT_OVERRIDES, *case.overrides]
-    command += [f"--training.steps={steps}", f"--job.dump_folder={folder}"]
+    command += [*_get_settings(case), f"--training.steps={steps}", f"--job.dump_folder={folder}"]
     environment = {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // case.nproc, 1)),
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": _get_python_path(),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
     }
@@ -145,6 +146,23 @@ def launch_run(case: Case, *, steps: int, folder: Path, caches: Path, timeout: f
     with open(folder / "config.toml", "rb") as file:
         settings = tomllib.load(file)
     return Run(records=records, settings=settings, launched=launched)
+
+
+def check_case(case: Case) -> None:
+    """Check the settings of a case, in half a second and without a device. Raises BenchmarkError, with all that is wrong."""
+    command = [sys.executable, "-m", "trainer.train", *_get_settings(case), f"--training.steps={case.steps}"]
+    environment = {**os.environ, "PYTHONPATH": _get_python_path(), "WORLD_SIZE": str(case.nproc)}
+    done = subprocess.run([*command, "--job.validate_only"], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BenchmarkError(f"{case.title}: {done.stderr.strip()}")
+
+
+def _get_settings(case: Case) -> list[str]:
+    return ["--job.config_file", case.config, *DEFAULT_OVERRIDES, *case.overrides]
+
+
+def _get_python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _run_to_end(command: list[str], environment: dict[str, str], output: Any, timeout: float) -> int | None:
@@ -348,6 +366,7 @@ def measure_all(cases: list[Case], arguments: argparse.Namespace, versions: dict
         print(f"[{number}/{len(cases)}] {case.title}: {case.steps} steps on {case.nproc} device(s)", flush=True)
         folder = arguments.out / f"case_{number}"
         try:
+            check_case(case)
             result = measure_case(case, out=folder, timeout=arguments.timeout, warm_start=arguments.warm_start)
         except BenchmarkError as error:
             yield str(error)

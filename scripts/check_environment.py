@@ -6,7 +6,7 @@ and nothing that a Python too old for the project cannot parse (3.6 on), because
     python scripts/check_environment.py [--extra NAME]... [--list]
 
 Exit code 0: all there. 1: something is missing; each line on stdout names one requirement and what was found.
-3: this Python is too old. With --list the requirements themselves are printed, one on each line, for `pip install -r`.
+2: --extra names none of the project's. 3: this Python is too old. With --list the requirements themselves are printed, one on each line, for `pip install -r`.
 """
 
 import os
@@ -89,9 +89,16 @@ def main(argv):
         needed = ".".join(map(str, OLDEST_PYTHON))
         print(f"Python {needed} or newer is needed; {sys.executable} is {sys.version.split()[0]}")
         return 3
+    if "-h" in argv or "--help" in argv:
+        print(__doc__.strip())
+        return 0
     extras = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--extra"]
     pyproject = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "pyproject.toml")
-    requirements = load_requirements(pyproject, extras)
+    try:
+        requirements = load_requirements(pyproject, extras)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     lines = requirements if "--list" in argv else find_problems(requirements)
     for line in lines:
         print(line)

@@ -6,7 +6,7 @@ Letters: B batch, S seq, D dim, N query heads, M key-value heads, H head_dim.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn as nn
@@ -125,6 +125,7 @@ def attention_kernels(device_type: str) -> Iterator[None]:
         yield
 
 
+@runtime_checkable
 class AttentionShape(Protocol):
     """What the choice of a kernel depends on, of a model's args."""
 

@@ -99,7 +99,7 @@ def get_option(argv: list[str], name: str) -> str:
 
 def test_default_checks_settings_then_launches_one_process(tree):
     check, torchrun = tree.launch("--training.steps", "5")
-    overrides = ["--job.config_file", "train_configs/debug_llama3.toml", "--training.steps", "5"]
+    overrides = ["--training.steps", "5", "--job.config_file", "train_configs/debug_llama3.toml"]
     assert check["argv"][:-1] == overrides
     assert check["env"]["WORLD_SIZE"] == "1"
     argv = torchrun["argv"]
@@ -118,7 +118,7 @@ def test_runs_from_any_folder_and_paths_stay_the_users(tree, tmp_path):
     (elsewhere / "mine.toml").write_text("")
     default = tree.launch("--data.text", "my file.txt", cwd=elsewhere)[1]
     assert get_option(default["argv"], "--job.config_file") == str(tree.repo / "train_configs" / "debug_llama3.toml")
-    assert default["argv"][-1] == "my file.txt"
+    assert get_option(default["argv"], "--data.text") == "my file.txt"
     assert default["env"]["PYTHONPATH"].split(":") == [str(tree.repo), str(elsewhere)]
     own = tree.launch(cwd=elsewhere, CONFIG_FILE="mine.toml")[1]
     assert get_option(own["argv"], "--job.config_file") == "mine.toml"
@@ -135,7 +135,8 @@ def test_questions_are_answered_without_torchrun(tree, flag):
     done = tree.run("--training.steps", "5", flag, NGPU="4", NNODES="2", MASTER_ADDR="a", NODE_RANK="0")
     assert done.returncode == 0
     (call,) = tree.calls()
-    assert (call["who"], call["argv"][-1], call["env"]["WORLD_SIZE"]) == ("train", flag, "8")
+    assert call["argv"] == ["--training.steps", "5", flag, "--job.config_file", "train_configs/debug_llama3.toml"]
+    assert (call["who"], call["env"]["WORLD_SIZE"]) == ("train", "8")
 
 
 def test_bad_settings_end_before_torchrun(tree):
@@ -310,6 +311,19 @@ def test_check_environment_refuses_an_old_python(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 10, 13))
     assert check_environment.main([]) == 3
     assert "Python 3.11 or newer is needed" in capsys.readouterr().out
+
+
+def test_check_environment_explains_itself_and_refuses_an_unknown_extra(capsys):
+    assert check_environment.main(["--help"]) == 0
+    assert "--extra NAME" in capsys.readouterr().out
+    assert check_environment.main(["--extra", "everything"]) == 2
+    assert "no extra 'everything'" in capsys.readouterr().err
+
+
+def test_test_script_explains_itself():
+    done = subprocess.run([f"{ROOT}/scripts/test.sh", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Check the code and run the tests: scripts/test.sh")
 
 
 @pytest.mark.parametrize("flag", ["--help", "--job.validate_only", "--training.setps=3"])

@@ -315,7 +315,8 @@ class MetricsLogger:
         yield f"tokens      {summary.tokens_seen:,} seen"
         if summary.median_tokens_per_second is not None:
             yield f"speed       {summary.median_tokens_per_second:,.0f} tokens/s per device (median)"
-        yield f"memory      {summary.peak_memory_gib:.2f} GiB at most"
+        if summary.steps:
+            yield f"memory      {summary.peak_memory_gib:.2f} GiB at most"
         yield f"metrics     {self._dump_folder / METRICS_FILE}"
         if self._section.enable_tensorboard:
             yield f"curves      tensorboard --logdir {self._dump_folder / self._section.save_tb_folder}"

@@ -65,6 +65,8 @@ def fake_torchrun(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     (package / "run.py").write_text(f"CONFIG = {tomli_w.dumps(SETTINGS)!r}\n{FAKE_TORCHRUN}")
     monkeypatch.setattr(benchmark, "ROOT", tmp_path / "fake")
+    # The overrides of these tests are for the program above, and no settings.
+    monkeypatch.setattr(benchmark, "check_case", lambda case: None)
     versions = {"torch": "2.13.0", "cuda": None, "device": "NVIDIA H200"}
     monkeypatch.setattr(benchmark, "read_versions", lambda: versions)
     return tmp_path / "out"
@@ -161,6 +163,21 @@ def test_launch_gives_defaults_that_overrides_can_change(fake_torchrun, monkeypa
     assert environment["TORCHINDUCTOR_CACHE_DIR"].startswith(str(fake_torchrun))
 
 
+def test_settings_that_cannot_run_are_told_before_anything_is_launched(tmp_path, monkeypatch, capsys):
+    def launch(*args, **kwargs):
+        raise AssertionError("nothing can be measured")
+
+    monkeypatch.setattr(benchmark, "launch_run", launch)
+    monkeypatch.setattr(benchmark, "read_versions", dict)
+    argv = ["--config", str(benchmark.ROOT / "train_configs" / "debug_llama3.toml"), "--nproc", "2", "--steps", "4"]
+    argv += ["--warmup", "1", "--out", str(tmp_path / "out")]
+    assert benchmark.main([*argv, "--", "--training.setps=3", "--training.global_batch_size=7"]) == 1
+    told = capsys.readouterr().err
+    assert "Did you mean training.steps" in told
+    assert "training.global_batch_size = 7" in told
+    assert "Traceback" not in told
+
+
 def test_load_cases_fills_in_from_the_command_line(tmp_path):
     path = tmp_path / "cases.toml"
     path.write_text(
@@ -183,6 +200,7 @@ def test_load_cases_fills_in_from_the_command_line(tmp_path):
         ('[[cases]]\nname = "a"\n', "case 1: config is missing"),
         ('[[cases]]\nconfig = "a"\nsteps = 5\nwarmup = 5\n', "steps = 5 must be more than warmup = 5"),
         ("[[cases\n", "error: "),
+        ('[[cases]]\nconfig = "a"\nnproc = 0\n', "nproc = 0 must be at least 1"),
     ],
 )
 def test_bad_case_lists_are_told(tmp_path, capsys, text, fault):

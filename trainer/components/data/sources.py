@@ -97,8 +97,12 @@ def check_source_path(spec: SourceSpec, path: str | None) -> None:
         raise ValueError(f"data set {spec.name!r} needs a path ({spec.description}): set training.dataset_path")
     if spec.path == "none" and path:
         raise ValueError(f"data set {spec.name!r} takes no path, but {path!r} is given: remove training.dataset_path")
-    if path and not glob.has_magic(path) and not Path(path).expanduser().exists():
+    if not path or Path(path).expanduser().exists():
+        return
+    if not glob.has_magic(path):
         raise ValueError(f"data set {spec.name!r}: {path} does not exist")
+    if next(glob.iglob(str(Path(path).expanduser()), recursive=True), None) is None:
+        raise ValueError(f"data set {spec.name!r}: no file matches {path}")
 
 
 def open_documents(spec: SourceSpec, path: str | None, *, text_key: str, split: str) -> list[DocumentFile]:
@@ -128,8 +132,9 @@ def get_inputs_fingerprint(spec: SourceSpec, path: str | None, *, text_key: str,
     check_source_path(spec, path)
     if spec.on_hub and not path:
         inputs: list = [spec.on_hub]
-    elif spec.name.startswith(HUGGING_FACE_PREFIX) and path:
-        inputs = [TextFile(file).identity() for file in _files_in(Path(path).expanduser(), None)]
+    elif spec.name.startswith(HUGGING_FACE_PREFIX):
+        folder = Path(path or _split_hugging_face_name(spec.name)[0]).expanduser()
+        inputs = [TextFile(file).identity() for file in _files_in(folder, None)]
     elif spec.path == "none" and spec.name.startswith("stdlib"):
         inputs = [
             platform.python_version(),
@@ -190,12 +195,20 @@ def _open_c4(part: str) -> OpenFiles:
 
 def _hugging_face_spec(name: str) -> SourceSpec:
     """Returns the spec of `hf:NAME` or `hf:NAME:CONFIG`, where NAME may be a local folder."""
-    dataset, _, config = name[len(HUGGING_FACE_PREFIX) :].partition(":")
+    dataset, config = _split_hugging_face_name(name)
 
     def open_files(path: str | None, text_key: str, split: str) -> Sequence[DocumentFile]:
         return _open_hub(path or dataset, config or None, split, text_key)
 
-    return SourceSpec(name, "a data set of the `datasets` library", open_files, path="optional", on_hub=name)
+    # As `datasets` itself has it, a folder goes before a name on the hub.
+    on_hub = "" if Path(dataset).expanduser().is_dir() else name
+    return SourceSpec(name, "a data set of the `datasets` library", open_files, path="optional", on_hub=on_hub)
+
+
+def _split_hugging_face_name(name: str) -> tuple[str, str]:
+    """Returns NAME and CONFIG of `hf:NAME:CONFIG`; CONFIG may be empty."""
+    dataset, _, config = name[len(HUGGING_FACE_PREFIX) :].partition(":")
+    return dataset, config
 
 
 def _open_hub(path: str, config: str | None, split: str, text_key: str) -> list[DocumentFile]:

@@ -289,7 +289,7 @@ def test_unknown_source_lists_known(name: str, cause: str) -> None:
     [
         ("text", None, "needs a path .*: set training.dataset_path"),
         ("text", "absent", "absent does not exist"),
-        ("text", "*.nothing", r"no files with documents in \*.nothing"),
+        ("text", "*.nothing", r"no file matches \*.nothing"),
         ("stdlib", "somewhere", "takes no path"),
         ("prepared", ".", "holds token ids, not text"),
     ],
@@ -320,6 +320,15 @@ def test_inputs_fingerprint_tells_changes(tmp_path: Path) -> None:
     assert fingerprint(name="text") != before
     os.utime(path, (1, 1))
     assert fingerprint() != before
+
+
+def test_inputs_fingerprint_tells_changes_of_a_hugging_face_folder(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    spec = get_source_spec(f"hf:{tmp_path}")
+    assert not spec.on_hub
+    before = get_inputs_fingerprint(spec, None, text_key="text", split="train")
+    os.utime(path, (1, 1))
+    assert get_inputs_fingerprint(spec, None, text_key="text", split="train") != before
 
 
 def test_hub_fingerprint_needs_no_network() -> None:
