@@ -91,7 +91,7 @@ WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m trainer.train "${ARGS[@]}" --job.vali
 CORES="$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > NGPU ? CORES / NGPU : 1))}"
 if ((GPUS == 0)); then
-    # Waiting threads sleep. By default they spin, which costs a run a factor of 3 to 10 as soon as anything else uses the cores.
+    # Waiting threads sleep. By default they spin, which costs a run several times its speed when anything else uses the cores.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 fi
 if ((GPUS > 0)) && [[ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]]; then

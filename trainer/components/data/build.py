@@ -232,10 +232,11 @@ def _build_stream(
     name = config.name or config.dataset
     if shape.dp_rank == 0:
         logger.info(
-            "data %s: streamed from %d files, each rank reading %s; the order is that of the files, not shuffled by row",
+            "data %s: streamed from %d files, dealt out to %d ranks by %s; the order is that of the files, not shuffled by row",
             name,
             len(files),
-            f"every {shape.dp_degree}th row of all" if share.by_rows else f"every {shape.dp_degree}th file",
+            shape.dp_degree,
+            "rows" if share.by_rows else "files",
         )
     return StreamingLoader(
         share,

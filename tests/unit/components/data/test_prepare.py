@@ -327,7 +327,7 @@ def test_script_error_has_no_traceback(tmp_path: Path, arguments: tuple[str, ...
 
 
 def test_script_interrupted_leaves_what_can_go_on(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", count=200_000)
+    write_jsonl(tmp_path / "a.jsonl", count=600_000)
     source = ["--dataset", "jsonl", "--path", str(tmp_path / "a.jsonl"), "--tokenizer", "byte", "--workers", "2"]
     out = tmp_path / "out"
     command = [sys.executable, "scripts/prepare_data.py", *source, "--output", str(out), "--shard-tokens", "300000"]
