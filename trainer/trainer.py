@@ -110,12 +110,7 @@ class Trainer(AbstractContextManager):
             self.optimizers, section=config.lr_scheduler, steps=config.training.steps
         )
         self.checkpointer = self._build_checkpointer()
-        self.nonfinite = NonFiniteGuard(
-            policy=config.training.nonfinite_policy,
-            max_skips=config.training.nonfinite_max_skips,
-            record_path=self.dump_folder / "nonfinite.jsonl",
-            is_writer=launch.rank == 0,
-        )
+        self.nonfinite = self._build_nonfinite_guard()
         self.metrics = self._build_metrics()
         self.validator = self._build_validator()
         self.profiler = build_profiler(
@@ -340,6 +335,17 @@ class Trainer(AbstractContextManager):
             "train_state": self.state,
         }
         return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder)
+
+    def _build_nonfinite_guard(self) -> NonFiniteGuard:
+        training, rank = self.config.training, self.launch.rank
+        # Each rank of a stream has a place of its own; that of indexed data is the same on all.
+        streams = self.config.data.streaming
+        return NonFiniteGuard(
+            policy=training.nonfinite_policy,
+            max_skips=training.nonfinite_max_skips,
+            record_path=self.dump_folder / (f"nonfinite.rank_{rank}.jsonl" if streams else "nonfinite.jsonl"),
+            is_writer=streams or rank == 0,
+        )
 
     def _build_metrics(self) -> MetricsLogger:
         config = self.config

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +313,25 @@ def test_stop_policy_stops_all_ranks_before_an_update(run: Run, kind: str) -> No
     assert record["batch"] == {"first_sequence": 24, "sequences": 8}
     assert (record["loss"] == "nan") is (kind == "loss")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-2"]
+
+
+def test_each_rank_of_a_stream_writes_down_its_own_place(run: Run, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"words of {name}\n" * 2000)
+    data = [
+        "--data.streaming",
+        "--data.packing=concat",
+        "--training.dataset=text",
+        f"--training.dataset_path={tmp_path}/*.txt",
+    ]
+    run(2, *data, "--validation.enable=false", "--checkpoint.enable=false", fault=Fault((2,), "loss", rank=1))
+    files = set()
+    for rank in range(2):
+        (line,) = (run.dump_folder / f"nonfinite.rank_{rank}.jsonl").read_text().splitlines()
+        record = json.loads(line)
+        assert record["step"] == 2
+        files.add(Path(record["batch"]["file"]).name)
+    assert files == {"a.txt", "b.txt"}
 
 
 def assert_equal_states_at(account: Account, before: int, after: int) -> None:

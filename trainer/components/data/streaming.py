@@ -299,7 +299,7 @@ class StreamingLoader:
     def position(self) -> dict[str, Any]:
         """Say where this rank's next step begins, for the record."""
         files = self._share.files_of(self._position.epoch)
-        return {"file": files[self._position.file].name, **asdict(self._position)}
+        return {**asdict(self._position), "file": files[self._position.file].name}
 
     def take_wait_seconds(self) -> float:
         """Get the seconds that `next_batch` had to wait since the last call of this method."""
