@@ -184,12 +184,15 @@ class Trainer(AbstractContextManager):
         self.state.step += 1
         skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
         self.checkpointer.maybe_wait_for_staging()
-        lr = self.lr_scheduler.get_last_lr()[0]
+        rates = self.optimizers.get_learning_rates()
         self.optimizers.step(skip)
         self.lr_scheduler.step()
         self.state.tokens_seen = self.metrics.tokens_seen
-        progress = self._measure_sources() if self.metrics.should_log(self.state.step) else {}
-        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr, extra=progress)
+        extra = self._measure_sources() if self.metrics.should_log(self.state.step) else {}
+        if len(rates) > 1:
+            extra |= {f"lr/{name}": rate for name, rate in rates.items()}
+        first_rate = next(iter(rates.values()))
+        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=first_rate, extra=extra)
 
     def _measure_sources(self) -> dict[str, float]:
         """Return tokens and epochs of each source of the data up to here, for the curves."""

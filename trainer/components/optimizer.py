@@ -76,6 +76,10 @@ class Optimizers:
         """The parameter groups of all optimizers. `initial_lr` is a group's learning rate before the schedule."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    def get_learning_rates(self) -> dict[str, float]:
+        """Return the present learning rate of each torch optimizer, by its class: that of its first group."""
+        return {type(optimizer).__name__: optimizer.param_groups[0]["lr"] for optimizer in self.optimizers}
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for optimizer in self.optimizers:

@@ -319,3 +319,9 @@ def test_muon_of_torch_takes_the_same_steps_bit_for_bit(shape):
         optimizers.step()
         reference.step()
     assert torch.equal(model.hidden.weight, theirs)
+
+
+def test_learning_rates_are_told_for_each_optimizer():
+    muon = build_optimizer(make_model(), section=OptimizerConfig(name="Muon", lr=0.003, muon=MuonConfig(lr=0.03)))
+    assert muon.get_learning_rates() == {"ShardedMuon": 0.03, "AdamW": 0.003}
+    assert build_optimizer(make_model(), section=OptimizerConfig(lr=0.004)).get_learning_rates() == {"AdamW": 0.004}
