@@ -184,18 +184,22 @@ class Trainer(AbstractContextManager):
         self.state.step += 1
         skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
         self.checkpointer.maybe_wait_for_staging()
-        rates = self.optimizers.get_learning_rates()
+        lr = self.lr_scheduler.get_last_lr()[0]
+        extra = self._get_further_values() if self.metrics.should_log(self.state.step) else {}
         self.optimizers.step(skip)
         self.lr_scheduler.step()
         self.state.tokens_seen = self.metrics.tokens_seen
-        extra = self._measure_sources() if self.metrics.should_log(self.state.step) else {}
-        if len(rates) > 1:
-            extra |= {f"lr/{name}": rate for name, rate in rates.items()}
-        first_rate = next(iter(rates.values()))
-        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=first_rate, extra=extra)
+        self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr, extra=extra)
+
+    def _get_further_values(self) -> dict[str, float]:
+        """Return what the curves show beside loss, norm and speed. The learning rates are those of the coming update."""
+        rates = self.optimizers.get_learning_rates()
+        return self._measure_sources() | (
+            {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
+        )
 
     def _measure_sources(self) -> dict[str, float]:
-        """Return tokens and epochs of each source of the data up to here, for the curves."""
+        """Return tokens and epochs of each source of the data up to here."""
         sources = self.dataloader.describe().items()
         tokens = {f"source_tokens/{name}": float(progress.tokens) for name, progress in sources}
         return tokens | {f"source_epochs/{name}": progress.epochs for name, progress in sources}
@@ -266,17 +270,18 @@ class Trainer(AbstractContextManager):
     # --- the parts ---
 
     def _build_dataloader(self) -> Any:
-        config = self.config
-        return build_dataloader(
-            training=config.training,
-            data=config.data,
-            attn_mask_type=config.model.attn_mask_type,
-            tokenizer=self.tokenizer,
-            dp_rank=self.dims.dp_rank_of(self.launch.rank),
-            dp_degree=self.dims.dp_degree,
-            seed=self.seed,
-            device_type=self.device.type,
-        )
+        return build_dataloader(training=self.config.training, seed=self.seed, **self._get_loader_options())
+
+    def _get_loader_options(self) -> dict[str, Any]:
+        """Return what the loaders of training and of validation have in common."""
+        return {
+            "data": self.config.data,
+            "attn_mask_type": self.config.model.attn_mask_type,
+            "tokenizer": self.tokenizer,
+            "dp_rank": self.dims.dp_rank_of(self.launch.rank),
+            "dp_degree": self.dims.dp_degree,
+            "device_type": self.device.type,
+        }
 
     def _check_same_on_all_ranks(self) -> None:
         """Check what each rank found out for itself, from files that hosts may have of their own."""
@@ -289,18 +294,8 @@ class Trainer(AbstractContextManager):
         check_same_on_all_ranks(values)
 
     def _build_validation_loader(self) -> Any:
-        config = self.config
-        if not config.validation.enable:
-            return None
-        return build_validation_loader(
-            validation=config.validation,
-            data=config.data,
-            attn_mask_type=config.model.attn_mask_type,
-            tokenizer=self.tokenizer,
-            dp_rank=self.dims.dp_rank_of(self.launch.rank),
-            dp_degree=self.dims.dp_degree,
-            device_type=self.device.type,
-        )
+        section = self.config.validation
+        return build_validation_loader(validation=section, **self._get_loader_options()) if section.enable else None
 
     def _build_model(self) -> tuple[Any, nn.Module]:
         """Build the network on the meta device, spread it over the ranks, and give it its first weights."""
