@@ -1,8 +1,8 @@
 """A model's plan: what generic code must know of it to spread it over devices, as data. Imports no torch."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,48 @@ class ParallelPlan:
     """Parameter groups of FSDP, in the order of the forward pass. A group of one glob makes one unit of each module that
     it matches; a group of several globs is one unit of all of them. Parameters in no group belong to the root unit."""
     blocks: str
-    """Glob of the repeated blocks: the unit of activation checkpointing, compilation and pipeline stages."""
+    """Glob of the repeated blocks: the unit of activation checkpointing and compilation."""
+    tp: Mapping[str, str] = field(default_factory=dict)
+    """Tensor parallelism: the style of each module, by glob. `trainer.distributed.tensor_parallel` has the table of styles."""
+    attention: str = ""
+    """Glob of the modules that attend from q to k and v, nothing else: what context parallelism replaces."""
+    stages: tuple[tuple[str, float], ...] = ()
+    """What pipeline parallelism may cut between: globs in the order of the forward pass, each with the cost of one of its
+    modules, in any unit."""
+
+    def globs(self) -> Iterator[str]:
+        """Yield every glob of the plan."""
+        yield from (glob for unit in self.fsdp_units for glob in unit)
+        yield self.blocks
+        yield from self.tp
+        yield from filter(None, [self.attention])
+        yield from (glob for glob, _ in self.stages)
+
+    def check(self, names: Collection[str]) -> None:
+        """Check the plan against the names of the whole model's modules.
+
+        Raises:
+            ValueError: a glob matches nothing.
+        """
+        for glob in self.globs():
+            match_modules(glob, names)
+
+    def restrict_to(self, names: Collection[str]) -> "ParallelPlan":
+        """Return the plan of a part of the model, a pipeline stage say: without the globs that match none of its modules.
+
+        Check the plan against the whole model first.
+        """
+
+        def is_here(glob: str) -> bool:
+            return any(_matches(glob, name) for name in names)
+
+        units = (tuple(filter(is_here, unit)) for unit in self.fsdp_units)
+        return replace(
+            self,
+            fsdp_units=tuple(unit for unit in units if unit),
+            tp={glob: style for glob, style in self.tp.items() if is_here(glob)},
+            stages=tuple((glob, cost) for glob, cost in self.stages if is_here(glob)),
+        )
 
 
 def match_modules(glob: str, names: Iterable[str]) -> list[str]:
@@ -28,8 +69,7 @@ def match_modules(glob: str, names: Iterable[str]) -> list[str]:
         ValueError: the glob matches nothing. A plan that is silently not applied trains a wrong or slow model.
     """
     names = list(names)
-    pattern = re.compile(re.escape(glob).replace(r"\*", r"[^.]+"))
-    matched = [name for name in names if pattern.fullmatch(name)]
+    matched = [name for name in names if _matches(glob, name)]
     if not matched:
         known = ", ".join(sorted({name.split(".")[0] for name in names if name})) or "none"
         raise ValueError(
@@ -37,3 +77,7 @@ def match_modules(glob: str, names: Iterable[str]) -> list[str]:
             f"the top-level modules are: {known}"
         )
     return matched
+
+
+def _matches(glob: str, name: str) -> bool:
+    return re.fullmatch(re.escape(glob).replace(r"\*", r"[^.]+"), name) is not None

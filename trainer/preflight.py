@@ -16,6 +16,7 @@ from trainer.config.manager import DEFAULT, LoadedConfig
 from trainer.config.schema import JobConfig
 from trainer.config.schema_training import TrainingConfig, ValidationConfig
 from trainer.config.validate import find_problems
+from trainer.preflight_parallel import Model, find_parallel_model_problems
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,9 @@ def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = 
         ConfigError: something is wrong.
     """
     problems, warnings = find_problems(loaded.config, world_size=world_size, broken_keys=loaded.broken_keys)
-    problems += [
-        problem
-        for problem in find_preflight_problems(loaded.config)
-        if not {key for p in problems for key in p.keys}.union(loaded.broken_keys).intersection(problem.keys)
-    ]
+    # Only what is wrong in itself speaks for its key: of a combination, another key may be the one to blame.
+    wrong_alone = {p.keys[0] for p in problems if len(p.keys) == 1}.union(loaded.broken_keys)
+    problems += [p for p in find_preflight_problems(loaded.config) if not wrong_alone.intersection(p.keys)]
     report = [*loaded.problems, *(_add_origins(problem, loaded.origins) for problem in problems)]
     if log_warnings:
         for warning in [*loaded.warnings, *warnings, *find_preflight_warnings(loaded.config)]:
@@ -84,6 +83,7 @@ def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
     yield from problems
     if args is not None:
         yield from _check_args(args, config)
+        yield from _check_parallelism(args, config)
     yield from _check_tokenizer(args, config)
 
 
@@ -216,6 +216,16 @@ def _check_args(args: Any, config: JobConfig) -> Iterator[Problem]:
         yield Problem(f"{name}: dim = {args.dim} must be a multiple of n_heads = {heads}.", keys)
     if heads and kv_heads and heads % kv_heads:
         yield Problem(f"{name}: n_heads = {heads} must be a multiple of n_kv_heads = {kv_heads}.", keys)
+
+
+def _check_parallelism(args: Any, config: JobConfig) -> Iterator[Problem]:
+    """Parallelisms that the model does not have, or that its sizes do not allow."""
+    section = config.parallelism
+    if max(section.tensor_parallel_degree, section.context_parallel_degree, section.pipeline_parallel_degree) <= 1:
+        return
+    plan = get_model_spec(config.model.name).build_plan(args)
+    model = Model(args, plan, f"model.flavor = {config.model.flavor} of {config.model.name}")
+    yield from find_parallel_model_problems(model, section)
 
 
 def _check_tokenizer(args: Any, config: JobConfig) -> Iterator[Problem]:

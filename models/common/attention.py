@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from models.common.rope import RotaryEmbedding
 
 AttentionMask = torch.Tensor | BlockMask | None
-"""None: causal. A bool tensor (B, 1, S, S), True where a query sees a key. A BlockMask, for FlexAttention."""
+"""None: causal. A bool tensor (B, 1, queries, keys), True where a query sees a key. A BlockMask, for FlexAttention."""
 
 
 class DotProductAttention(nn.Module):
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, rope: RotaryEmbedding) -> None:
         super().__init__()
-        self.head_dim = dim // n_heads
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
         self.wq = nn.Linear(dim, n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(dim, n_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(dim, n_kv_heads * self.head_dim, bias=False)
@@ -84,24 +84,36 @@ def _compiled_create_block_mask() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)
 
 
-def build_document_mask(positions: torch.Tensor, *, device_type: str) -> torch.Tensor | BlockMask:
+def build_document_mask(
+    positions: torch.Tensor, *, device_type: str, queries: torch.Tensor | None = None
+) -> torch.Tensor | BlockMask:
     """Build the mask that keeps causal attention inside each document; one begins wherever the position is 0.
 
-    A dense bool mask (B, 1, S, S) on the CPU, where FlexAttention has no backward pass; a BlockMask on CUDA.
+    A dense bool mask (B, 1, Q, S) on the CPU, where FlexAttention has no backward pass; a BlockMask on CUDA.
 
-    positions: (B, S) int64, on a device of `device_type`
+    positions: (B, S) int64, on a device of `device_type`; queries: (Q,) int64, where in the sequence the queries stand that
+    the mask is for, by default all of them in order
     """
     batch, seq = positions.shape
     document = (positions == 0).cumsum(dim=1)  # (B, S)
     if device_type != "cuda":
-        causal = torch.ones(seq, seq, dtype=torch.bool, device=positions.device).tril()
-        return ((document[:, :, None] == document[:, None, :]) & causal).unsqueeze(1)
+        keys = torch.arange(seq, device=positions.device)
+        rows = keys if queries is None else queries
+        return ((document[:, rows, None] == document[:, None, :]) & (rows[:, None] >= keys)).unsqueeze(1)
 
     def is_visible(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query >= key) & (document[b, query] == document[b, key])
 
     create = _compiled_create_block_mask()
-    return create(is_visible, B=batch, H=None, Q_LEN=seq, KV_LEN=seq, device=str(positions.device))
+    device = str(positions.device)
+    if queries is None:
+        return create(is_visible, B=batch, H=None, Q_LEN=seq, KV_LEN=seq, device=device)
+    places = queries
+
+    def is_visible_from(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return is_visible(b, h, places[query], key)
+
+    return create(is_visible_from, B=batch, H=None, Q_LEN=places.shape[0], KV_LEN=seq, device=device)
 
 
 @contextlib.contextmanager
@@ -165,15 +177,17 @@ def describe_attention_kernel(
         return "FlexAttention"
     q = torch.zeros(batch, seq, args.n_heads, args.head_dim, device=device, dtype=dtype, requires_grad=True)
     k = torch.zeros(batch, seq, args.n_kv_heads, args.head_dim, device=device, dtype=dtype, requires_grad=True)
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    v_head_dim = getattr(args, "v_head_dim", args.head_dim)  # latent attention has values of another size
+    v = torch.zeros(batch, seq, args.n_kv_heads, v_head_dim, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if device.type != "cuda":
         mask = torch.ones(batch, 1, seq, seq, dtype=torch.bool, device=device) if documents else None
         grouped = args.n_heads != args.n_kv_heads
-        choice = torch._fused_sdp_choice(q, k, k, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return "flash" if choice == SDPBackend.FLASH_ATTENTION.value else "math"
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        DotProductAttention()(q, k, k).sum().backward()
+        DotProductAttention()(q, k, v).sum().backward()
         torch.cuda.synchronize(device)
     events = profile.key_averages()
     backend = next((_OPERATIONS[event.key] for event in events if event.key in _OPERATIONS), "unknown")

@@ -10,9 +10,11 @@ from trainer.config.unavailable import REFUSED, SILENT, WITHOUT_EFFECT
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Folders whose reading of a field counts. The configuration's own files mention every key, to check it.
+# Folders whose reading of a field counts. The configuration's own files mention every key, to check it; the one that plans
+# the pipeline is among them since it needs no torch.
 READERS = ("trainer", "models")
-NOT_READERS = (ROOT / "trainer" / "config", ROOT / "trainer" / "preflight.py")
+READERS_ALL_THE_SAME = {ROOT / "trainer" / "config" / "pipeline_layout.py"}
+NOT_READERS = tuple(ROOT / "trainer" / name for name in ("config", "preflight.py", "preflight_parallel.py"))
 
 # Read by the configuration itself.
 READ_HERE = {"job.config_file", "job.validate_only", "model.tokenizer_path"}
@@ -23,7 +25,8 @@ def read_attributes():
     names = set()
     for folder in READERS:
         for path in (ROOT / folder).rglob("*.py"):
-            if any(path == skipped or skipped in path.parents for skipped in NOT_READERS):
+            is_skipped = any(path == skipped or skipped in path.parents for skipped in NOT_READERS)
+            if is_skipped and path not in READERS_ALL_THE_SAME:
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -102,6 +102,17 @@ def build_config(values: Mapping[str, Any]) -> JobConfig:
     return make(JobConfig, "")
 
 
+def show(value: object) -> str:
+    """A value as a message has it: as on the command line, a long list cut short."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+_SHOWN_CHARACTERS = 80
+
+
 def format_choices(choices: Iterable[object]) -> str:
     """`a, b or c`, for messages."""
     names = [str(choice) for choice in choices]

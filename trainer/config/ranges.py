@@ -93,6 +93,7 @@ RANGES: dict[str, Range] = {
     "activation_checkpoint.memory_budget": _SHARE,
     "comm.init_timeout_seconds": _COUNT,
     "comm.train_timeout_seconds": _COUNT,
+    "comm.heartbeat_seconds": _COUNT_OR_NONE,
     "comm.trace_buf_size": _COUNT_OR_NONE,
     "fault_tolerance.process_group_timeout_ms": _COUNT,
     "fault_tolerance.replica_id": _COUNT_OR_NONE,

@@ -21,35 +21,37 @@ class ParallelismConfig:
     fsdp_prefetch: int = 0
     """Further blocks whose weights are gathered ahead of use. 0 leaves it to FSDP2, which gathers one ahead."""
     tensor_parallel_degree: int = 1
-    """Ranks over which each matrix is split."""
+    """Ranks over which each matrix is split, and the sequence between matrices: best the GPUs of one host. It must divide the query heads, and divide the key and value heads or be a multiple of them."""
     disable_loss_parallel: bool = False
-    """Gather the logits under tensor parallelism."""
+    """tensor parallelism: gather the logits, rather than compute the loss from each rank's part of the vocabulary."""
     enable_async_tensor_parallel: bool = False
-    """Overlap the communication of tensor parallelism with its matmuls."""
+    """tensor parallelism: run matmuls and the communication beside them in pieces, in turns. It needs a model compiled by inductor, and GPUs joined by NVLink."""
     pipeline_parallel_degree: int = 1
-    """Stages into which the layers are split."""
+    """Ranks over which the layers are split, into one or more stages on each (see pipeline_parallel_schedule)."""
     module_fqns_per_model_part: list[list[str]] | None = None
-    """Module names of each pipeline stage."""
-    pipeline_parallel_first_stage_less_layers: int = 1
-    """Layers by which the first stage is shorter, for the embedding."""
-    pipeline_parallel_last_stage_less_layers: int = 1
-    """Layers by which the last stage is shorter, for the output."""
+    """Names of the modules of each stage, in the order of the forward pass. By default the model is cut into stages of even cost."""
+    pipeline_parallel_first_stage_less_layers: int | None = None
+    """Cost of the embedding in layers, for the cut into stages. By default its FLOPs count."""
+    pipeline_parallel_last_stage_less_layers: int | None = None
+    """Cost of the output in layers, for the cut into stages. By default its FLOPs count."""
     pipeline_parallel_layers_per_stage: int | None = None
-    """Layers in each pipeline stage."""
+    """Layers in each stage: a cut that counts layers, and not their cost, and that sets the number of stages."""
     pipeline_parallel_schedule: str = "1F1B"
-    """Pipeline schedule."""
+    """Order in which microbatches go through the stages. GPipe, 1F1B: one stage a rank. Interleaved1F1B, LoopedBFS, InterleavedZeroBubble: two or more, in a loop. ZBVZeroBubble, DualPipeV: two, in a V. InterleavedZeroBubble, ZBVZeroBubble and DualPipeV compute gradients of weights apart from those of inputs, when a rank would wait."""
     pipeline_parallel_schedule_csv: str = ""
-    """File with a pipeline schedule of one's own."""
+    """File with a schedule of one's own, in place of a named one: a line for each rank, a pass in each cell, such as 0F1 for stage 0, forward, microbatch 1."""
     pipeline_parallel_microbatch_size: int = 1
-    """Sequences in one pipeline microbatch."""
+    """Sequences in one microbatch of a pipeline: `training.local_batch_size` is divided into these."""
     pipeline_parallel_expert_parallel_overlap: bool = True
-    """Overlap expert communication with compute in DualPipeV."""
+    """DualPipeV: overlap the communication of experts with compute."""
     context_parallel_degree: int = 1
     """Ranks over which each sequence is split."""
+    context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
+    """How ranks attend to each other's tokens. allgather: each gathers all keys and values. ring: keys and values go around, or are gathered, and are attended to part by part (see context_parallel_rotate_method). ulysses: an all-to-all gives each rank all tokens of some of the heads, so that the degree must divide the number of key and value heads."""
     context_parallel_load_balancer: Literal["headtail", "ptrr"] | None = "headtail"
-    """How a causal sequence is cut so that all ranks have equal work."""
+    """How a sequence is cut. headtail: each rank gets one part from the front and its mirror image from the back, so that causal attention is equal work for all; null: one contiguous part each. ulysses needs no balance, and takes contiguous parts."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values travel."""
+    """ring: gather keys and values once (allgather), or pass them on from rank to rank while attending (alltoall), which takes less memory."""
     expert_parallel_degree: int = 1
     """Ranks over which experts are spread."""
     expert_tensor_parallel_degree: int = 1
@@ -102,6 +104,8 @@ class CommConfig:
     """Time that a collective may take until the first steps are done: compilation and set-up included."""
     train_timeout_seconds: int = 100
     """Time that a collective may take after that."""
+    heartbeat_seconds: int = 5
+    """Time between the signs of life of each process, by which one message names a rank that stalls or dies. 0 turns it off."""
     trace_buf_size: int = 20000
     """Collectives kept in the flight recorder. 0 turns it off."""
     save_traces_folder: str = "comm_traces"

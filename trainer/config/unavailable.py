@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from trainer.config.errors import Problem
-from trainer.config.fields import get_leaves, get_value
+from trainer.config.fields import get_leaves, get_value, show
 from trainer.config.schema import JobConfig
 
 
@@ -29,25 +29,15 @@ _USE_CUSTOM_IMPORT = (
 
 REFUSED: tuple[Refusal, ...] = (
     Refusal(
-        "parallelism.tensor_parallel_degree",
+        "parallelism.expert_parallel_degree",
         _is_parallel,
-        "tensor parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
+        "expert parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
     ),
     Refusal(
-        "parallelism.context_parallel_degree",
+        "parallelism.expert_tensor_parallel_degree",
         _is_parallel,
-        "context parallelism is not available yet. Use 1; activation_checkpoint.mode = full makes room for long sequences.",
+        "expert parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
     ),
-    Refusal(
-        "parallelism.pipeline_parallel_degree",
-        _is_parallel,
-        "pipeline parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
-    ),
-    Refusal("parallelism.expert_parallel_degree", _is_parallel, "no model with experts is available yet. Use 1."),
-    Refusal(
-        "parallelism.expert_tensor_parallel_degree", _is_parallel, "no model with experts is available yet. Use 1."
-    ),
-    Refusal("parallelism.enable_async_tensor_parallel", bool, "tensor parallelism is not available yet. Use false."),
     Refusal("model.converters", bool, "no conversion (float8, MX) is available yet. Use [] to train in bfloat16."),
     Refusal("fault_tolerance.enable", bool, "TorchFT is not supported. Use checkpoint.enable, and restart."),
     Refusal(
@@ -87,19 +77,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "model.print_after_conversion": "there are no conversions yet.",
-    "parallelism.disable_loss_parallel": "there is no tensor parallelism yet.",
-    "parallelism.module_fqns_per_model_part": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_first_stage_less_layers": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_last_stage_less_layers": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_layers_per_stage": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_schedule": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_schedule_csv": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_microbatch_size": "there is no pipeline parallelism yet.",
-    "parallelism.pipeline_parallel_expert_parallel_overlap": "there is no pipeline parallelism yet.",
-    "parallelism.context_parallel_load_balancer": "there is no context parallelism yet.",
-    "parallelism.context_parallel_rotate_method": "there is no context parallelism yet.",
-    "parallelism.expert_parallel_comm_backend": "there is no model with experts yet.",
-    "debug.moe_force_load_balance": "there is no model with experts yet.",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": "there is no model with experts yet.",
+    "parallelism.expert_parallel_comm_backend": "there is no expert parallelism yet.",
     "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
 }
 """Settings that change nothing, so that a value other than the default gets a warning with this reason."""
@@ -115,7 +94,7 @@ def find_refusals(config: JobConfig) -> Iterator[Problem]:
     for refusal in REFUSED:
         value = get_value(config, refusal.key)
         if refusal.applies(value):
-            yield Problem(f"{refusal.key} = {_show(value)}: {refusal.reason}", (refusal.key,))
+            yield Problem(f"{refusal.key} = {show(value)}: {refusal.reason}", (refusal.key,))
 
 
 def find_settings_without_effect(config: JobConfig) -> Iterator[Problem]:
@@ -123,8 +102,4 @@ def find_settings_without_effect(config: JobConfig) -> Iterator[Problem]:
     for key, reason in WITHOUT_EFFECT.items():
         value = get_value(config, key)
         if value != get_leaves()[key].default:
-            yield Problem(f"{key} = {_show(value)} has no effect: {reason}", (key,))
-
-
-def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+            yield Problem(f"{key} = {show(value)} has no effect: {reason}", (key,))

@@ -11,10 +11,18 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from trainer.config.errors import Problem
-from trainer.config.fields import format_choices, get_value, suggest
+from trainer.config.fields import get_value, show, suggest
 from trainer.config.ranges import find_range_problems
 from trainer.config.schema import JobConfig
 from trainer.config.unavailable import find_refusals, find_settings_without_effect
+from trainer.config.validate_parallel import (
+    DEGREES,
+    PARALLEL_RULES,
+    PARALLEL_WARNING_RULES,
+    find_batch_problems,
+    find_degree_problems,
+)
+from trainer.config.validate_pipeline import PIPELINE_RULES, PIPELINE_WARNING_RULES
 
 CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
@@ -37,14 +45,6 @@ _NOT_EMPTY = (
     "validation.dataset",
 )
 
-_PARALLEL_DEGREES = (
-    "parallelism.data_parallel_replicate_degree",
-    "parallelism.data_parallel_shard_degree",
-    "parallelism.context_parallel_degree",
-    "parallelism.tensor_parallel_degree",
-    "parallelism.pipeline_parallel_degree",
-)
-
 
 def find_problems(
     config: JobConfig, *, world_size: int | None, broken_keys: Collection[str] = ()
@@ -64,7 +64,7 @@ def find_problems(
     wrong_alone = {key for problem in problems for key in problem.keys} | set(broken_keys)
     for rule in _RULES:
         problems.extend(p for p in rule(config) if not wrong_alone.intersection(p.keys))
-    if world_size is not None and not wrong_alone.intersection(_PARALLEL_DEGREES):
+    if world_size is not None and not wrong_alone.intersection(DEGREES):
         batch = find_degree_problems(config, world_size)
         problems.extend(batch or find_batch_problems(config, world_size, wrong_alone))
     warnings = [*find_settings_without_effect(config)]
@@ -75,51 +75,6 @@ def find_problems(
         return [p for p in found if not set(broken_keys).intersection(p.keys)]
 
     return readable(problems), [w for w in readable(warnings) if not wrong_alone.intersection(w.keys)]
-
-
-def find_degree_problems(config: JobConfig, world_size: int) -> list[Problem]:
-    """Parallel degrees whose product is not the number of processes."""
-    degrees = {key: get_value(config, key) for key in _PARALLEL_DEGREES}
-    shard_key = "parallelism.data_parallel_shard_degree"
-    product = 1
-    for key, degree in degrees.items():
-        product *= 1 if key == shard_key and degree == -1 else degree
-    written = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree != 1)
-    if degrees[shard_key] == -1:
-        if world_size % product:
-            message = (
-                f"{written}: the other degrees multiply to {product}, which does not divide the {world_size} processes. "
-                f"Lower a degree, or start a multiple of {product} processes."
-            )
-            return [Problem(message, _PARALLEL_DEGREES)]
-    elif product != world_size:
-        message = (
-            f"{written or 'all parallel degrees = 1'}: they multiply to {product}, but there are {world_size} processes. "
-            f"Set {shard_key} = -1 to take what the others leave, or start {product} processes (NGPU={product})."
-        )
-        return [Problem(message, _PARALLEL_DEGREES)]
-    return []
-
-
-def find_batch_problems(config: JobConfig, world_size: int, wrong_alone: Collection[str]) -> list[Problem]:
-    """A global batch that does not come out even over the data-parallel ranks."""
-    keys = ("training.global_batch_size", "training.local_batch_size")
-    section, training = config.parallelism, config.training
-    not_data = section.context_parallel_degree * section.tensor_parallel_degree * section.pipeline_parallel_degree
-    ranks = world_size // not_data
-    in_one_pass = training.local_batch_size * ranks
-    if training.global_batch_size == -1 or set(wrong_alone).intersection(keys):
-        return []
-    if training.global_batch_size % in_one_pass == 0:
-        return []
-    below = training.global_batch_size // in_one_pass * in_one_pass
-    near = [str(n) for n in (below, below + in_one_pass) if n > 0]
-    message = (
-        f"training.global_batch_size = {training.global_batch_size}: must be a multiple of training.local_batch_size "
-        f"x data-parallel ranks = {training.local_batch_size} x {ranks} = {in_one_pass}. Use {format_choices(near)}, "
-        "or another local batch size."
-    )
-    return [Problem(message, keys)]
 
 
 def _check_not_empty(config: JobConfig) -> Iterator[Problem]:
@@ -196,7 +151,7 @@ def _check_checkpoint(config: JobConfig) -> Iterator[Problem]:
             "checkpoint.create_seed_checkpoint": section.create_seed_checkpoint,
         }
         for key in (key for key, is_set in wanted.items() if is_set):
-            message = f"{key} = {_show(get_value(config, key))}: needs checkpoint.enable = true, or leave it out."
+            message = f"{key} = {show(get_value(config, key))}: needs checkpoint.enable = true, or leave it out."
             yield Problem(message, (key, "checkpoint.enable"))
     if section.last_save_in_hf and not section.last_save_model_only:
         message = "checkpoint.last_save_in_hf = true: needs checkpoint.last_save_model_only = true."
@@ -257,9 +212,12 @@ def _warn_misleading(config: JobConfig) -> Iterator[Problem]:
     if config.debug.deterministic_warn_only and not config.debug.deterministic:
         message = "debug.deterministic_warn_only = true has no effect without debug.deterministic = true."
         yield Problem(message, ("debug.deterministic_warn_only", "debug.deterministic"))
-    training = config.training
-    accumulates_whole = config.parallelism.fsdp_accumulation == "unsharded"
-    if training.dtype == "bfloat16" and training.global_batch_size != -1 and not accumulates_whole:
+    training, parallelism = config.training, config.parallelism
+    accumulates = training.global_batch_size != -1 or (
+        parallelism.pipeline_parallel_degree > 1
+        and training.local_batch_size > parallelism.pipeline_parallel_microbatch_size
+    )
+    if training.dtype == "bfloat16" and accumulates and parallelism.fsdp_accumulation != "unsharded":
         message = (
             "training.dtype = bfloat16: gradients of several microbatches are added up in bfloat16, and small ones get "
             "lost. parallelism.fsdp_accumulation = unsharded adds them up in training.mixed_precision_reduce."
@@ -278,10 +236,6 @@ def _warn_misleading(config: JobConfig) -> Iterator[Problem]:
         yield Problem(f"{key} = true has no effect without mode = memory_budget.", (key, "activation_checkpoint.mode"))
 
 
-def _show(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 Rule = Callable[[JobConfig], Iterator[Problem]]
 
 _RULES: tuple[Rule, ...] = (
@@ -294,6 +248,8 @@ _RULES: tuple[Rule, ...] = (
     _check_checkpoint,
     _check_compile,
     _check_activation_checkpoint,
+    *PARALLEL_RULES,
+    *PIPELINE_RULES,
 )
 
-_WARNING_RULES: tuple[Rule, ...] = (_warn_schedule, _warn_misleading)
+_WARNING_RULES: tuple[Rule, ...] = (_warn_schedule, _warn_misleading, *PARALLEL_WARNING_RULES, *PIPELINE_WARNING_RULES)

@@ -1,12 +1,14 @@
 """Attention against a plain reference, document masks, and the choice of a kernel."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask
 
 from models.common.attention import (
     Attention,
@@ -83,6 +85,29 @@ def test_build_document_mask_dense_equals_search() -> None:
 def test_build_document_mask_row_that_begins_inside_a_document() -> None:
     mask = build_document_mask(torch.tensor([[7, 8, 0, 1]]), device_type="cpu")
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+QUERIES = torch.tensor([2, 3, 0, 12, 15, 14])
+
+
+def test_build_document_mask_for_some_queries_has_their_rows() -> None:
+    positions = make_positions()
+    mask = build_document_mask(positions, device_type="cpu", queries=QUERIES)
+    assert torch.equal(mask, build_document_mask(positions, device_type="cpu")[:, :, QUERIES])
+
+
+@pytest.mark.parametrize("queries", [None, QUERIES])
+def test_build_document_mask_as_block_mask_equals_dense(
+    monkeypatch: pytest.MonkeyPatch, queries: torch.Tensor | None
+) -> None:
+    monkeypatch.setattr("models.common.attention._compiled_create_block_mask", lambda: create_block_mask)
+    positions = make_positions()
+    dense = build_document_mask(positions, device_type="cpu", queries=queries)
+    blocks = build_document_mask(positions, device_type="cuda", queries=queries)
+    assert blocks.shape == dense.shape
+    for b, query, key in itertools.product(*(range(n) for n in (3, *dense.shape[2:]))):
+        places = (torch.tensor(place) for place in (b, 0, query, key))
+        assert blocks.mask_mod(*places) == dense[b, 0, query, key]
 
 
 def test_packed_documents_equal_separate_passes_with_gradients() -> None:

@@ -1,0 +1,147 @@
+"""Parallelisms that do not fit the model: its plan, its heads, its layers. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from models.plan import ParallelPlan
+from trainer.config.errors import Problem
+from trainer.config.fields import format_choices
+from trainer.config.pipeline_layout import LAYERS_PER_STAGE, PARTS, list_stage_modules, plan_pipeline
+from trainer.config.schedules import SCHEDULE, SCHEDULE_CSV
+from trainer.config.schema_parallel import ParallelismConfig
+from trainer.config.validate_parallel import CP, PP, SHARD, TP
+from trainer.config.validate_pipeline import find_schedule
+
+_MODEL_KEYS = ("model.name", "model.flavor")
+_METHOD = "parallelism.context_parallel_method"
+
+
+class Model(NamedTuple):
+    """What the checks know of the model."""
+
+    args: Any
+    """See `models.registry.ModelArgs`. What a user's own args do not have is left unchecked."""
+    plan: ParallelPlan
+    name: str
+    """As a message has it: which flavor of which family."""
+
+
+def find_parallel_model_problems(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
+    """Yield what keeps the model from being spread as the settings say."""
+    if parallelism.tensor_parallel_degree > 1:
+        yield from _check_tensor_parallel(model, parallelism)
+    if parallelism.context_parallel_degree > 1:
+        yield from _check_context_parallel(model, parallelism)
+    if parallelism.pipeline_parallel_degree > 1:
+        yield from _check_pipeline_parallel(model, parallelism)
+    yield from _check_prediction_and_balance(model, parallelism)
+
+
+def _check_prediction_and_balance(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
+    """What a loss over several tokens ahead, or over the experts of a sequence, needs in one place."""
+    for key, degree, missing in (
+        (CP, parallelism.context_parallel_degree, "whole sequences"),
+        (PP, parallelism.pipeline_parallel_degree, "all layers"),
+    ):
+        for name in ("mtp_depth", "balance_loss_alpha"):
+            value = getattr(model.args, name, 0)
+            if degree > 1 and value:
+                message = (
+                    f"{key} = {degree}: {model.name} has {name} = {value}, whose loss needs {missing} on one rank. Use 1, or a flavor "
+                    f"with {name} = 0."
+                )
+                yield Problem(message, (key, *_MODEL_KEYS))
+
+
+def _refuse_without_plan(key: str, degree: int, model: Model, attribute: str, instead: str) -> Problem:
+    message = (
+        f"{key} = {degree}: {model.name} cannot be split so, since its plan has no `{attribute}` (models.plan.ParallelPlan). "
+        f"Use 1, and {instead}."
+    )
+    return Problem(message, (key, *_MODEL_KEYS))
+
+
+def _get_heads(args: Any) -> tuple[int, int]:
+    """Return the numbers of query heads and of key and value heads; zeros where the args do not tell."""
+    heads = getattr(args, "n_heads", None) or 0
+    return heads, getattr(args, "n_kv_heads", None) or heads
+
+
+def _check_tensor_parallel(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
+    degree = parallelism.tensor_parallel_degree
+    if not model.plan.tp:
+        yield _refuse_without_plan(TP, degree, model, "tp", f"shard with {SHARD}")
+        return
+    heads, kv_heads = _get_heads(model.args)
+    width = getattr(model.args, "hidden_dim", None) or 0
+
+    def fits(candidate: int) -> bool:
+        # Fewer key and value heads than ranks are repeated, each for the same number of ranks.
+        kv_heads_fit = kv_heads % candidate == 0 or candidate % kv_heads == 0
+        return heads % candidate == 0 and width % candidate == 0 and kv_heads_fit
+
+    if heads and not fits(degree):
+        feed_forward = f", divide hidden_dim = {width}" if width else ""
+        message = (
+            f"{TP} = {degree}: must divide n_heads = {heads} of {model.name}{feed_forward}, and divide n_kv_heads = {kv_heads} "
+            f"or be a multiple of it. Use {format_choices(d for d in range(1, heads + 1) if fits(d))}."
+        )
+        yield Problem(message, (TP, *_MODEL_KEYS))
+
+
+def _check_context_parallel(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
+    degree, tp = parallelism.context_parallel_degree, max(1, parallelism.tensor_parallel_degree)
+    if not model.plan.attention:
+        yield _refuse_without_plan(
+            CP, degree, model, "attention", "activation_checkpoint.mode = full to make room for long sequences"
+        )
+        return
+    all_heads, all_kv_heads = _get_heads(model.args)
+    if not all_heads or parallelism.context_parallel_method != "ulysses":
+        return
+    # Of one tensor-parallel rank. Key and value heads are repeated where there are fewer than ranks.
+    heads, kv_heads = max(1, all_heads // tp), max(1, all_kv_heads // tp)
+
+    def fits(candidate: int) -> bool:
+        return heads % candidate == 0 and kv_heads % candidate == 0
+
+    if not fits(degree):
+        others = [candidate for candidate in range(2, kv_heads + 1) if fits(candidate)]
+        remedy = f"Use {format_choices(others)}, or" if others else "Use"
+        share = f" on each of {tp} tensor-parallel ranks" if tp > 1 else ""
+        message = (
+            f"{CP} = {degree} with {_METHOD} = ulysses: the degree must divide the heads, and {model.name} has {heads} query "
+            f"heads and {kv_heads} key and value heads{share}. {remedy} {_METHOD} = allgather or ring."
+        )
+        yield Problem(message, (CP, _METHOD, TP, *_MODEL_KEYS))
+
+
+def _check_pipeline_parallel(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
+    degree = parallelism.pipeline_parallel_degree
+    if not model.plan.stages:
+        yield _refuse_without_plan(PP, degree, model, "stages", f"shard with {SHARD}")
+        return
+    if getattr(model.args, "tie_embeddings", False):
+        message = (
+            f"{PP} = {degree}: {model.name} has tied embeddings, one matrix for the first and the last stage. "
+            f"Use 1, and shard with {SHARD} or {TP}."
+        )
+        yield Problem(message, (PP, *_MODEL_KEYS))
+    n_blocks = getattr(model.args, "n_layers", None)
+    if n_blocks is None or not _has_schedule(parallelism):
+        return
+    try:
+        plan_pipeline(parallelism, list_stage_modules(model.plan.stages, blocks=model.plan.blocks, n_blocks=n_blocks))
+    except ValueError as error:
+        text = str(error)
+        message = text if text.startswith("parallelism.") else f"{PP} = {degree} with {model.name}: {text}"
+        yield Problem(message, (PP, PARTS, LAYERS_PER_STAGE, SCHEDULE, SCHEDULE_CSV, *_MODEL_KEYS))
+
+
+def _has_schedule(parallelism: ParallelismConfig) -> bool:
+    """Whether the schedule is there. That it is not has been said already."""
+    try:
+        find_schedule(parallelism)
+    except ValueError:
+        return False
+    return True
