@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ActivationCheckpointConfig
+from trainer.distributed.sharded_attention import OPERATION as SHARDED_ATTENTION
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
 
 # Kept always: attention and communication cost much time for the size of what they return. The maximum is that of float8
-# scaling: one number that cost a pass over a tensor.
+# scaling: one number that cost a pass over a tensor. The choice of experts, made again, could come out another way.
 _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -32,9 +33,11 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten.max.default,
+    torch.ops.aten.topk.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     flex_attention,
+    SHARDED_ATTENTION,
 }
 
 
