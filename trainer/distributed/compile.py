@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.nn as nn
 from torch._dynamo.callback import callback_handler
 
@@ -30,6 +31,9 @@ def apply_compile(model: nn.Module, *, plan: ParallelPlan, section: CompileConfi
     """
     if not compiles_model(section):
         return
+    # Inductor's own launcher holds the interpreter's lock while the device's queue is full: when another rank stalls, no thread of
+    # this process runs, neither the watchdog nor a dump of the flight recorder. Triton's lets go of it (both seen on 2.11).
+    torch._inductor.config.use_static_cuda_launcher = False
     modules = dict(model.named_modules())
     for name in match_modules(plan.blocks, modules):
         block = modules[name]

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.config.schema_parallel import CommConfig
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,13 @@ def init_process_group(
     rank: int = 0,
     world_size: int = 1,
     needs_cpu_backend: bool = False,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Start the process group, with the long timeout that set-up and compilation need.
 
     One process needs no launcher. Several are found by the variables that torchrun sets (MASTER_ADDR, MASTER_PORT).
     On CUDA the device must be set before. `needs_cpu_backend` adds gloo for tensors in host memory: CPU offload and
-    asynchronous checkpoints.
+    asynchronous checkpoints. `watchdog` is started as soon as there is a store, so that it names ranks that do not come.
     """
     if comm.trace_buf_size > 0:
         _enable_flight_recorder(comm, Path(dump_folder))
@@ -41,7 +44,13 @@ def init_process_group(
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+        # 1, not world_size: where rank 0 holds the store it would wait here for all others, with no watchdog yet.
+        store, _, _ = next(rendezvous("env://", rank, 1, timeout=timeout))
+        store.set_timeout(timeout)
+        if watchdog is not None:
+            watchdog.start(store, rank=rank, world_size=world_size)
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def get_backend(device_type: str, needs_cpu_backend: bool = False) -> str:

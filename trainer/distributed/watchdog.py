@@ -1,0 +1,415 @@
+"""One message when a rank stalls or dies: which rank, on which host, in which step, and in what others wait for it.
+
+Each process has a thread that posts signs of life to the store of the process group. Nobody reads them while all is
+well. When a rank waits too long in a collective, loses a peer, or sees a process of its host die, it calls all ranks to
+report what they are in. One rank gathers the reports, finds the culprit (`watchdog_message`) and logs the message.
+
+Load on the store at 16,384 ranks and a heartbeat every 5 s: 3,300 values of 100 bytes set and 3,300 keys looked up a
+second, some 5% of what its one thread manages at 7 us a request, over one more connection for each rank. In trouble
+each rank writes some 300 bytes once in 5 s, and one rank reads them all, 512 to a request.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch.distributed as dist
+
+from trainer.config.schema_parallel import CommConfig
+from trainer.distributed.watchdog_host import Bell, get_process_namespace, get_process_state
+from trainer.distributed.watchdog_message import Cause, describe, describe_lost_store, find_cause, has_answered
+from trainer.distributed.watchdog_report import (
+    Line,
+    Report,
+    count_begun,
+    describe_place,
+    find_wait,
+    get_main_stack,
+    get_traceback_stack,
+)
+from trainer.distributed.watchdog_store import NoAnswerError, StoreLine, wait_until
+
+logger = logging.getLogger(__name__)
+
+# A wait of this share of the timeout calls for a message, which has to be out before the timeout ends the process.
+_PATIENCE = 0.75
+# The longest heartbeat, as a share of the timeout.
+_LONGEST_HEARTBEAT = 0.05
+_SHORTEST_ANSWER_SECONDS = 1.0
+# Once the cause is certain others have this long to say what they are in, in seconds.
+_GRACE_SECONDS = 0.5
+_PEER_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+
+
+class Watchdog(AbstractContextManager):
+    """Watches over the ranks of a run. Does nothing before `start`, and nothing in a run of one process.
+
+    `progress` is all that the training thread pays: one attribute. An error that leaves the `with` block is explained.
+    """
+
+    def __init__(self, comm: CommConfig) -> None:
+        self._heartbeat_seconds: float = comm.heartbeat_seconds
+        self._timeout: float = comm.init_timeout_seconds
+        self._at = (0, "start", time.time())
+        self._watch: _Watch | None = None
+
+    def start(self, store: dist.Store, *, rank: int, world_size: int) -> None:
+        """Begin to watch. Call it before the process group is made, so that a rank that never comes is named too.
+
+        store: that of the process group; the watchdog clones it. On the main thread SIGTERM is held up until the cause
+        has been looked for, unless the program handles it: launchers end the survivors of a death with it, at once.
+        """
+        if world_size > 1 and self._heartbeat_seconds and self._watch is None:
+            self._at = (0, "start", time.time())
+            self._watch = _Watch(self, store, rank=rank, world_size=world_size)
+
+    def progress(self, step: int, phase: str) -> None:
+        """Tell that the training thread has come to a phase (`data`, `forward`, ...) of a step."""
+        self._at = (step, phase, time.time())
+
+    def set_timeout(self, seconds: float) -> None:
+        """Tell how long a collective may take from now on. Before, it is `comm.init_timeout_seconds`."""
+        self._timeout = seconds
+
+    def explain(self, error: BaseException) -> str | None:
+        """Tell of an error that ends this rank, and return what is known of its cause; one rank logs that.
+
+        An error of this rank's own is noted for the others, at once. One that a peer may have caused takes up to some
+        heartbeats, in which the other ranks report. None: there is nothing to tell.
+        """
+        return None if self._watch is None else self._watch.explain(error)
+
+    def close(self) -> None:
+        """Stop watching. No thread is left, and other ranks do not miss this one."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None:
+            self.explain(error)
+        self.close()
+
+    @property
+    def at(self) -> tuple[int, str, float]:
+        """Step, phase, and when the training thread came there, in seconds of the host's clock."""
+        return self._at
+
+    @property
+    def interval(self) -> float:
+        """Seconds from one heartbeat to the next."""
+        return min(self._heartbeat_seconds, self._timeout * _LONGEST_HEARTBEAT)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a collective may take before it is a concern."""
+        return self._timeout * _PATIENCE
+
+
+class _Watch:
+    """The thread of a watchdog, and what it knows. `explain` and `close` are called from the training thread."""
+
+    def __init__(self, watchdog: Watchdog, store: dist.Store, *, rank: int, world_size: int) -> None:
+        self._watchdog = watchdog
+        self._rank = rank
+        self._world_size = world_size
+        self._host, self._namespace = socket.gethostname(), get_process_namespace()
+        self._line = StoreLine(store, timeout=max(watchdog.interval, 1.0))
+        self._bell = Bell()
+        self._is_closing = False
+        # Why this rank ends, if it does: set by the training thread.
+        self._end = ""
+        self._lost_in: Sequence[Line] = ()
+        # Since when the main thread is where it is.
+        self._still_at: tuple = ()
+        self._still_since = time.monotonic()
+        self._next_reading = 0.0
+        self._is_waiting = False
+        # The other processes of this host, whose death can be seen at once.
+        self._neighbours: dict[int, Report] = {}
+        self._has_met_all = False
+        self._first: Report | None = None
+        self._is_second_host = False
+        self._begin_incident(0)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def _begin_incident(self, number: int) -> None:
+        """Forget the last incident. Incidents are numbered alike on all ranks."""
+        self._incident = number
+        self._concerned_since: float | None = None
+        self._is_called = False
+        self._attempts = 0
+        self._has_said = False
+        self._message: str | None = None
+        self._is_settled = threading.Event()
+
+    def _key(self, name: str) -> str:
+        return f"incident{self._incident}/{name}"
+
+    # --- called from the training thread ---
+
+    def explain(self, error: BaseException) -> str | None:
+        """See `Watchdog.explain`."""
+        is_lost = is_peer_error(error)
+        if is_lost:
+            self._lost_in = get_traceback_stack(error.__traceback__)
+            self._end = f"lost: {_first_line(error)}"
+            self._bell.ring()
+            wait_until(lambda: self._is_settled.is_set(), self._watchdog.interval + self._answer_seconds + 1.0)
+            return self._message
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        self._end = "Ctrl-C" if interrupted else f"failed: {_first_line(error)}"
+        with contextlib.suppress(NoAnswerError):
+            self._line.post(self._make_report())
+        return None
+
+    def close(self) -> None:
+        """See `Watchdog.close`."""
+        self._is_closing = True
+        self._bell.ring()
+        self._thread.join(self._watchdog.interval + 2.0)
+        with contextlib.suppress(NoAnswerError):
+            self._line.add("closed", 1)
+            if not self._end:
+                self._end = "finished"
+                self._line.post(self._make_report())
+            if self._rank == 0:
+                # This process may hold the store, and others may have the message still to read.
+                patience = 1.0 + (0.0 if self._end == "finished" else self._watchdog.interval)
+                count = self._world_size - len(self._find_dead_neighbours())
+                wait_until(lambda: self._line.add("closed", 0) >= count, patience)
+        self._line.close()
+        self._bell.close()
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._look()
+                self._bell.rest(self._watchdog.interval)
+                if self._bell.is_terminated:
+                    self._leave()
+        except Exception:
+            if not self._is_closing:
+                logger.exception("the watchdog failed, and is off; training does not depend on it")
+                self._bell.restore_sigterm()
+        finally:
+            self._is_settled.set()
+
+    def _look(self) -> None:
+        """Give a sign of life, see whether something is wrong here or elsewhere, and act on it."""
+        try:
+            self._meet_neighbours()
+            was_concerned = self._concerned_since is not None
+            is_concerned = self._is_concerned()
+            if is_concerned and not was_concerned:
+                self._concerned_since = time.monotonic()
+                self._line.set(self._key("call"), str(self._rank))
+            elif was_concerned and not is_concerned:
+                self._line.set(self._key("over"), str(self._rank))
+            self._is_called = self._is_called or is_concerned or self._line.has(self._key("call"))
+            self._line.post(self._make_report(in_full=self._is_called))
+            if self._is_called and self._line.has(self._key("over")):
+                if self._has_said:
+                    logger.warning("training goes on")
+                self._begin_incident(self._incident + 1)
+            elif is_concerned and not self._is_settled.is_set():
+                self._judge()
+        except NoAnswerError:
+            if not self._is_settled.is_set() and self._is_concerned():
+                self._bell.rest(_GRACE_SECONDS)  # the store may go because all are told to end, this rank next
+                if not self._bell.is_terminated:
+                    self._tell_of_store()
+
+    def _is_concerned(self) -> bool:
+        """Return whether this rank has reason to call the others."""
+        return self._end.startswith("lost") or bool(self._find_dead_neighbours()) or self._waits_too_long()
+
+    def _waits_too_long(self) -> bool:
+        """Return whether the main thread, or its device, has been in one collective for too long."""
+        now, patience = time.monotonic(), self._watchdog.patience
+        still_at = (self._watchdog.at, *get_main_stack()[:8])
+        if still_at != self._still_at:
+            self._still_at, self._still_since = still_at, now
+        still = now - self._still_since
+        if still < patience / 4 and time.time() - self._watchdog.at[2] < patience:
+            self._is_waiting = False
+        elif now >= self._next_reading:
+            wait = find_wait(get_main_stack())
+            self._is_waiting = wait is not None and (still if wait.seconds is None else wait.seconds) >= patience
+            # Reading the flight recorder costs: a step that takes long may be in order.
+            self._next_reading = now + (0 if wait is not None else patience / 4)
+        return self._is_waiting
+
+    def _make_report(self, *, in_full: bool = False) -> Report:
+        """Return this rank's report: a heartbeat, or all that it knows."""
+        step, phase, progressed = self._watchdog.at
+        report = Report(
+            rank=self._rank,
+            host=self._host,
+            namespace=self._namespace,
+            pid=os.getpid(),
+            step=step,
+            phase=phase,
+            progressed=progressed,
+            posted=time.time(),
+            end=self._end,
+        )
+        if not in_full:
+            return report
+        stack = self._lost_in or get_main_stack()
+        report = dataclasses.replace(
+            report,
+            answers=self._incident,
+            place=describe_place(stack),
+            wait=find_wait(stack, is_over=bool(self._lost_in)),
+            begun=count_begun(),
+        )
+        return self._add_states(report)
+
+    def _add_states(self, report: Report) -> Report:
+        """Return the report with what the other processes of this host do now."""
+        states = {rank: get_process_state(other.pid) for rank, other in self._neighbours.items()}
+        gone = tuple(rank for rank, state in states.items() if state == "gone")
+        stopped = tuple(rank for rank, state in states.items() if state == "stopped")
+        return dataclasses.replace(report, gone=gone, stopped=stopped)
+
+    # --- processes of this host ---
+
+    def _meet_neighbours(self) -> None:
+        """Get to know the other processes of this host, once they have started. Ranks of a host follow each other."""
+        if self._has_met_all:
+            return
+        self._first = self._read(0)
+        for step in (-1, 1):
+            rank = self._rank + step
+            while 0 <= rank < self._world_size:
+                report = self._read(rank)
+                if report is None or self._first is None:
+                    return  # look again at the next heartbeat
+                if (report.host, report.namespace) != (self._host, self._namespace):
+                    self._is_second_host |= step == -1 and report.host == self._first.host
+                    break
+                self._neighbours[rank] = report
+                rank += step
+        self._has_met_all = True
+
+    def _read(self, rank: int) -> Report | None:
+        return self._line.read_reports([rank]).get(rank)
+
+    def _find_dead_neighbours(self) -> list[int]:
+        """Return the ranks of this host whose process is gone and did not say that it goes, or failed."""
+        gone = [rank for rank, report in self._neighbours.items() if get_process_state(report.pid) == "gone"]
+        with contextlib.suppress(NoAnswerError):
+            for rank in gone:
+                if not self._neighbours[rank].end:
+                    self._neighbours[rank] = self._read(rank) or self._neighbours[rank]
+        ends = {rank: self._neighbours[rank].end for rank in gone}
+        return [rank for rank, end in ends.items() if not end or end.startswith("failed")]
+
+    # --- the message ---
+
+    def _judge(self) -> None:
+        """Find the cause and log it, unless another rank does; learn what it said."""
+        message = self._line.get(self._key("message"))
+        if message is not None:
+            self._settle(message.decode())
+            return
+        assert self._concerned_since is not None
+        # One rank judges. If nothing comes of it in time, it has died as well, and another takes its place.
+        if time.monotonic() - self._concerned_since < self._attempts * 2 * self._answer_seconds:
+            return
+        self._attempts += 1
+        if self._line.claim(self._key(f"judge{self._attempts}")):
+            cause, reports = self._gather(range(self._world_size), seconds=self._answer_seconds)
+            if cause is not None and self._is_concerned():
+                self._say(cause, reports)
+
+    def _gather(
+        self, ranks: Sequence[int], *, seconds: float, only_certain: bool = False
+    ) -> tuple[Cause | None, dict[int, Report]]:
+        """Return the cause and these ranks' reports, once the cause is certain, all have answered, or time is over."""
+        own = self._make_report(in_full=True)
+        reports: dict[int, Report] = {}
+        end = time.monotonic() + seconds
+        while True:
+            # Processes first: what one that is gone has said last is then there to be read.
+            own = self._add_states(own)
+            reports |= self._line.read_reports(rank for rank in ranks if not self._has_answered(reports.get(rank)))
+            reports[self._rank] = own
+            gone = {rank for report in reports.values() for rank in report.gone}
+            are_all_in = all(self._has_answered(reports.get(rank)) or rank in gone for rank in ranks)
+            is_final = are_all_in or time.monotonic() >= end
+            cause = find_cause(
+                reports, world_size=self._world_size, incident=self._incident, is_final=is_final and not only_certain
+            )
+            if is_final or self._is_closing or (self._bell.is_terminated and not only_certain):
+                return cause, reports
+            if cause is not None and cause.is_certain:
+                end = min(end, time.monotonic() + _GRACE_SECONDS)
+            self._bell.rest(self._watchdog.interval / 10)
+
+    @property
+    def _answer_seconds(self) -> float:
+        """Seconds within which a rank that lives has answered a call: it sees the call at its next heartbeat."""
+        return max(2 * self._watchdog.interval, _SHORTEST_ANSWER_SECONDS)
+
+    def _has_answered(self, report: Report | None) -> bool:
+        return report is not None and has_answered(report, self._incident)
+
+    def _say(self, cause: Cause, reports: dict[int, Report]) -> None:
+        """Log the message, unless another rank was first."""
+        if self._line.claim(self._key("said")):
+            message = describe(cause, reports, now=time.time())
+            logger.error(message)
+            self._has_said = True
+            self._line.set(self._key("message"), message)
+            self._settle(message)
+
+    def _settle(self, message: str) -> None:
+        self._message = message
+        self._is_settled.set()
+
+    def _tell_of_store(self) -> None:
+        """Log that the store is gone, if it falls to this rank: without one the ranks cannot agree on who speaks."""
+        states = {rank: get_process_state(report.pid) for rank, report in self._neighbours.items()}
+        is_lowest_here = all(states[rank] != "running" for rank in states if rank < self._rank)
+        is_only_host = len(states) == self._world_size - 1
+        message = describe_lost_store(self._first, self._make_report(in_full=True), state=states.get(0, "running"))
+        if is_lowest_here and (is_only_host or self._is_second_host):
+            logger.error(message)
+        self._settle(message)
+
+    def _leave(self) -> None:
+        """End this process, which SIGTERM asks for; tell why, if that is a death on this host."""
+        has_failed = bool(self._end)
+        self._end = self._end or "SIGTERM"
+        try:
+            self._line.post(self._make_report(in_full=True))
+            if not has_failed and not self._is_settled.is_set() and self._find_dead_neighbours():
+                here = sorted([self._rank, *self._neighbours])
+                cause, reports = self._gather(here, seconds=_GRACE_SECONDS, only_certain=True)
+                if cause is not None:
+                    self._say(cause, reports)
+        except NoAnswerError:
+            pass  # nobody can tell a death from an end on demand
+        self._bell.die()
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Return whether an error may come of what became of another rank: a broken connection, a collective's timeout."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in _PEER_ERRORS)
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
