@@ -72,6 +72,7 @@ class ModelSpec:
 
 # Family name -> the package that holds its SPEC. A new family is one line here.
 _BUILTIN = {
+    "deepseek_v3": "models.deepseek_v3",
     "llama3": "models.llama3",
 }
 _registered: dict[str, ModelSpec] = {}

@@ -31,6 +31,41 @@ def scale_frequencies(
     return frequencies * (share_kept + (1.0 - share_kept) / factor)
 
 
+def scale_frequencies_yarn(
+    frequencies: torch.Tensor,
+    *,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_seq_len: int,
+) -> torch.Tensor:
+    """Stretch the slow rotations as YaRN does (Peng et al., arXiv 2309.00071, "NTK-by-parts"), in DeepSeek's arithmetic.
+
+    Pairs that turn at least `beta_fast` times in the original length stay, those that turn at most `beta_slow` times are
+    slowed down by `factor`, and between the two the frequency goes over linearly in the number of the pair, from a whole
+    number to a whole number. The change in attention's temperature that belongs to it is `get_yarn_mscale`.
+
+    frequencies: (H/2,) in radians per token, theta^(-2i / H) -> the same shape
+    """
+    pairs = frequencies.shape[0]
+
+    def find_pair(turns: float) -> float:
+        return pairs * math.log(original_max_seq_len / (turns * 2 * math.pi)) / math.log(theta)
+
+    first = max(math.floor(find_pair(beta_fast)), 0)
+    last = min(math.ceil(find_pair(beta_slow)), 2 * pairs - 1)
+    width = last - first if last != first else 0.001  # the published code's way around a division by zero
+    numbers = torch.arange(pairs, dtype=torch.float32, device=frequencies.device)
+    share_kept = 1.0 - ((numbers - first) / width).clamp(0.0, 1.0)
+    return frequencies / factor * (1.0 - share_kept) + frequencies * share_kept
+
+
+def get_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """Return what YaRN multiplies queries and keys with, each, in sequences `factor` times as long as the original (section 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
 class RotaryEmbedding(nn.Module):
     """Turn pairs of a query or key by an angle proportional to its position.
 

@@ -1,5 +1,6 @@
 """Families by name, users' own families, and the absence of torch."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,12 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
 
 
-def test_get_model_spec_builtin_loads_classes() -> None:
-    spec = get_model_spec("llama3")
-    assert spec is SPEC
+@pytest.mark.parametrize(("name", "adapter"), [("llama3", "Llama3Adapter"), ("deepseek_v3", "DeepSeekV3Adapter")])
+def test_get_model_spec_builtin_loads_classes(name: str, adapter: str) -> None:
+    spec = get_model_spec(name)
+    assert spec is importlib.import_module(f"models.{name}").SPEC
     assert spec.load_model_class().__name__ == "Transformer"
-    assert spec.load_adapter_class().__name__ == "Llama3Adapter"
+    assert spec.load_adapter_class().__name__ == adapter
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_register_model_makes_it_known() -> None:
     register_model(spec)
     register_model(spec)  # the module that registers it may be imported twice
     assert get_model_spec("mine") is spec
-    assert list_models() == ["llama3", "mine"]
+    assert list_models() == ["deepseek_v3", "llama3", "mine"]
 
 
 @pytest.mark.usefixtures("_own_registry")
@@ -70,10 +72,11 @@ def test_register_model_refuses_a_taken_name(name: str) -> None:
         register_model(make_spec(name))
 
 
-def test_configuration_side_imports_no_torch() -> None:
+@pytest.mark.parametrize(("name", "flavor"), [("llama3", "8B"), ("deepseek_v3", "16B")])
+def test_configuration_side_imports_no_torch(name: str, flavor: str) -> None:
     code = (
-        "import sys, models.plan; from models.registry import get_model_spec as get; spec = get('llama3');"
-        "args = spec.get_args('8B'); spec.build_plan(args); args.flops_per_token(8192);"
+        f"import sys, models.plan; from models.registry import get_model_spec as get; spec = get({name!r});"
+        f"args = spec.get_args({flavor!r}); spec.build_plan(args); args.flops_per_token(8192);"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from models.common.rope import RotaryEmbedding, rotate, scale_frequencies
+from models.common.rope import (
+    RotaryEmbedding,
+    get_yarn_mscale,
+    rotate,
+    scale_frequencies,
+    scale_frequencies_yarn,
+)
 
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 
@@ -80,3 +86,36 @@ def test_scale_frequencies_follows_the_three_bands() -> None:
     # At 4096 tokens a wave turns twice in the original length: a third of the way from 1 to 4 turns.
     between = 1 / 3 + (2 / 3) / 8
     assert ratio == pytest.approx([1.0, 1.0, 1.0, between, 1 / 8, 1 / 8], rel=1e-5)
+
+
+YARN = {"theta": 10000.0, "factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 4096}
+
+
+def test_scale_frequencies_yarn_follows_the_three_bands() -> None:
+    frequencies = 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float32) / 64)
+    ratio = scale_frequencies_yarn(frequencies, **YARN) / frequencies
+    turns = 4096 * frequencies / (2 * math.pi)
+    # Of DeepSeek-V3's 32 pairs those up to 10 turn more than 32 times, and those from 23 on less than once.
+    first, last = 10, 23
+    assert (turns > 32).sum() == 11
+    assert (turns < 1).sum() == 9
+    assert ratio[: first + 1].tolist() == [1.0] * 11
+    assert ratio[last:].tolist() == pytest.approx([1 / 40] * 9)
+    between = [1 - (i - first) / (last - first) * (1 - 1 / 40) for i in range(first, last)]
+    assert ratio[first:last].tolist() == pytest.approx(between, rel=1e-5)
+
+
+def test_scale_frequencies_yarn_with_an_empty_band_divides_by_nothing() -> None:
+    frequencies = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float32) / 8)
+    scaled = scale_frequencies_yarn(
+        frequencies, **YARN | {"original_max_seq_len": 4, "beta_fast": 1.0, "beta_slow": 0.9}
+    )
+    assert scaled.isfinite().all()
+    assert (scaled / frequencies)[1:].tolist() == pytest.approx([1 / 40] * 3)
+
+
+@pytest.mark.parametrize(
+    ("factor", "mscale", "expected"), [(40.0, 1.0, 1.36888), (40.0, 0.707, 1.26080), (1.0, 1.0, 1.0)]
+)
+def test_get_yarn_mscale_of_published_models(factor: float, mscale: float, expected: float) -> None:
+    assert get_yarn_mscale(factor, mscale) == pytest.approx(expected, abs=1e-5)
