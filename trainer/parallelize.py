@@ -6,25 +6,49 @@ from models.plan import ParallelPlan
 from trainer.config.schema import JobConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
 from trainer.distributed.compile import apply_compile, compiles_model
+from trainer.distributed.context_parallel import apply_context_parallel
 from trainer.distributed.fsdp import apply_data_parallel
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.pipeline_stages import Stage, split_into_stages
+from trainer.distributed.tensor_parallel import apply_tensor_parallel
 
 
-def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, config: JobConfig) -> None:
-    """Spread `model`, still on the meta device, over the meshes of `dims`, in place.
+def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, config: JobConfig) -> list[Stage]:
+    """Spread `model`, still on the meta device, over the meshes of `dims`, in place. Return this rank's pipeline stages, if any.
 
     Afterwards `trainer.distributed.weight_init.init_weights` gives it memory and values.
 
     Raises:
-        ValueError: settings that do not fit the model or each other.
+        ValueError: settings that do not fit the model or each other, or a plan that does not fit the model.
     """
+    names = [name for name, _ in model.named_modules()]
+    plan.check(names)
+    stages: list[Stage] = []
+    if dims.pp > 1:
+        rank = dims.mesh("pp").get_local_rank()
+        stages = split_into_stages(model, plan=plan, parallelism=config.parallelism, rank=rank)
+        plan = plan.restrict_to([name for name, _ in model.named_modules()])
+    compiles_blocks = compiles_model(config.compile)
+    if dims.tp > 1:
+        apply_tensor_parallel(
+            model,
+            plan=plan,
+            mesh=dims.mesh("tp"),
+            compiles_blocks=compiles_blocks,
+            async_tp=config.parallelism.enable_async_tensor_parallel,
+        )
+    if dims.cp > 1:
+        apply_context_parallel(model, plan=plan, mesh=dims.mesh("cp"), parallelism=config.parallelism)
     # Recomputation becomes part of the compiled graph, and both run inside FSDP's hooks, on gathered weights.
     apply_activation_checkpoint(
         model,
         plan=plan,
         section=config.activation_checkpoint,
-        compiles_blocks=compiles_model(config.compile),
+        compiles_blocks=compiles_blocks,
         dump_folder=config.job.dump_folder,
     )
     apply_compile(model, plan=plan, section=config.compile)
-    apply_data_parallel(model, plan=plan, dims=dims, parallelism=config.parallelism, training=config.training)
+    for part in [stage.module for stage in stages] or [model]:
+        its_plan = plan.restrict_to([name for name, _ in part.named_modules()])
+        apply_data_parallel(part, plan=its_plan, dims=dims, parallelism=config.parallelism, training=config.training)
+    return stages

@@ -55,6 +55,7 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
     # Late: importing torch takes seconds, and no answer above needs it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from trainer.distributed.watchdog import Watchdog
     from trainer.trainer import Launch, Trainer
 
     launch = Launch(
@@ -66,7 +67,7 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
 
     @record  # torchrun's closing report names the rank that failed first, with its traceback
     def train() -> None:
-        with Trainer(config, launch) as trainer:
+        with Watchdog(config.comm) as watchdog, Trainer(config, launch, watchdog) as trainer:
             trainer.train()
 
     try:

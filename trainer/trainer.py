@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from models.common.attention import (
     AttentionShape,
     attention_kernels,
-    build_document_mask,
     describe_attention_kernel,
     get_slow_attention_reason,
 )
@@ -23,20 +22,26 @@ from models.registry import get_model_spec
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
 from trainer.components.determinism import set_determinism
+from trainer.components.expert_load import build_expert_load
 from trainer.components.garbage_collection import GarbageCollection
-from trainer.components.loss import IGNORE_INDEX, LinearCrossEntropy
+from trainer.components.loss import build_loss
 from trainer.components.lr_scheduler import build_lr_scheduler
 from trainer.components.metrics import MetricsLogger, Workload
 from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard
 from trainer.components.optimizer import build_optimizer
+from trainer.components.passes import Passes, build_passes
 from trainer.components.profiling import build_profiler
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.validation import Validator
 from trainer.config.schema import JobConfig
-from trainer.distributed.fsdp import choose_accumulation, reshard, set_gradient_sync
+from trainer.distributed.blockwise_attention import choose_kernel
+from trainer.distributed.compile import compiles_model
+from trainer.distributed.fsdp import reshard
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, set_timeouts
+from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.weight_init import init_weights
 from trainer.parallelize import parallelize
 
@@ -74,8 +79,9 @@ class TrainState:
 class Trainer(AbstractContextManager):
     """One run: its parts, and the loop over steps. Use it in a `with` statement, which closes what the parts hold open."""
 
-    def __init__(self, config: JobConfig, launch: Launch) -> None:
+    def __init__(self, config: JobConfig, launch: Launch, watchdog: Watchdog) -> None:
         """Build all parts. Collective: every rank calls it."""
+        self.watchdog = watchdog
         self.config = config
         self.launch = launch
         self.dump_folder = Path(config.job.dump_folder)
@@ -96,16 +102,20 @@ class Trainer(AbstractContextManager):
             rank=launch.rank,
             world_size=launch.world_size,
             needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
+            watchdog=watchdog,
         )
         self.dims.build_mesh(self.device.type)
         self._check_same_on_all_ranks()
 
-        self.model_args, self.model = self._build_model()
-        self.loss_fn = self._build_loss()
-        self.accumulation = choose_accumulation(
-            self.model, parallelism=config.parallelism, training=config.training, device=self.device
+        self.model_args, self.model, stages, names = self._build_model()
+        self.passes = self._build_passes(stages)
+        self.optimizers = build_optimizer(self.model, section=config.optimizer, all_names=names)
+        self.expert_load = build_expert_load(
+            self.model,
+            bias_update_speed=getattr(self.model_args, "bias_update_speed", 0.0),
+            dims=self.dims,
+            force_load_balance=config.debug.moe_force_load_balance,
         )
-        self.optimizers = build_optimizer(self.model, section=config.optimizer)
         self.lr_scheduler = build_lr_scheduler(
             self.optimizers, section=config.lr_scheduler, steps=config.training.steps
         )
@@ -130,6 +140,7 @@ class Trainer(AbstractContextManager):
             self.validation_loader.close()
         self.metrics.close()
         if kind is None:
+            self.watchdog.close()  # it needs the store of the process group
             dist.destroy_process_group()
 
     # --- the loop ---
@@ -167,23 +178,31 @@ class Trainer(AbstractContextManager):
             if self.state.step == first_step:
                 # From here on no collective waits for compilation, whatever the step that the run began at.
                 set_timeouts(self.dims, self.config.comm.train_timeout_seconds)
+                self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
             self._after_step()
         self._settle_nonfinite()
 
     def train_step(self) -> None:
         """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
+        self._come_to("data")
         self.optimizers.zero_grad()
         position = self.dataloader.position()
         batches = [self._next_batch() for _ in range(self.dataloader.microbatches_per_step)]
-        valid_tokens = self._sum_over_ranks(sum_of([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]))
-        losses = [self._forward_backward(batch, valid_tokens, is_last=batch is batches[-1]) for batch in batches]
+        valid_tokens = self._sum_over_ranks(sum_of([self.passes.count_labels(batch) for batch in batches]))
+        losses = []
+        for batch in batches:
+            self._come_to("forward and backward")
+            losses.append(self.passes.forward_backward(batch, valid_tokens, is_last=batch is batches[-1]))
+        self._come_to("update")
         loss = self._sum_over_ranks(sum_of(losses))
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
+        pp_mesh = self.dims.mesh("pp") if self.dims.pp > 1 else None
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm, pp_mesh=pp_mesh)
 
         self._settle_nonfinite()
         self.state.step += 1
         skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
         self.checkpointer.maybe_wait_for_staging()
+        self.expert_load.update(skip)
         lr = self.lr_scheduler.get_last_lr()[0]
         extra = self._get_further_values() if self.metrics.should_log(self.state.step) else {}
         self.optimizers.step(skip)
@@ -191,12 +210,15 @@ class Trainer(AbstractContextManager):
         self.state.tokens_seen = self.metrics.tokens_seen
         self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr, extra=extra)
 
-    def _get_further_values(self) -> dict[str, float]:
+    def _come_to(self, phase: str) -> None:
+        """Tell the watchdog of progress within the step that is under way."""
+        self.watchdog.progress(self.state.step + 1, phase)
+
+    def _get_further_values(self) -> dict[str, float | Tensor]:
         """Return what the curves show beside loss, norm and speed. The learning rates are those of the coming update."""
         rates = self.optimizers.get_learning_rates()
-        return self._measure_sources() | (
-            {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
-        )
+        lrs = {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
+        return {**self._measure_sources(), **lrs, **self.expert_load.measure()}
 
     def _measure_sources(self) -> dict[str, float]:
         """Return tokens and epochs of each source of the data up to here."""
@@ -211,29 +233,8 @@ class Trainer(AbstractContextManager):
         self.metrics.add_tokens(batch["tokens"].numel())
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _forward_backward(self, batch: dict[str, Tensor], valid_tokens: Tensor, *, is_last: bool) -> Tensor:
-        """Add the gradients of one microbatch. Return its part of the step's mean loss, 0-dim.
-
-        valid_tokens: 0-dim, the labels of the whole step over all ranks; gradients are summed over ranks and microbatches.
-        """
-        set_gradient_sync(
-            self.model,
-            is_last,
-            accumulation=self.accumulation,
-            reshard_after_forward=self.config.parallelism.fsdp_reshard_after_forward,
-        )
-        loss = self._summed_loss(batch) / valid_tokens
-        loss.backward()
-        return loss.detach()
-
-    def _summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of a batch, summed over its valid labels on this rank."""
-        positions = batch.get("positions")
-        mask = None if positions is None else build_document_mask(positions, device_type=self.device.type)
-        return self.model(batch["tokens"], positions=positions, mask=mask, labels=batch["labels"], loss_fn=self.loss_fn)
-
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Return the sum over the ranks that see different data. Nothing waits for it on the host."""
+        """Return the sum over the ranks whose losses add up. Nothing waits for it on the host."""
         total = value.detach().clone()
         dist.all_reduce(total, group=self.dims.loss_group())
         return total
@@ -247,6 +248,7 @@ class Trainer(AbstractContextManager):
         """Do what is due between two steps: validation, checkpoint, traces, garbage collection."""
         step, last = self.state.step, self.state.step == self.config.training.steps
         if self.validator is not None and self.validator.should_run(step, last=last):
+            self.watchdog.progress(step, "validation")
             with self.metrics.pause():
                 loss, seconds = self.validator.run()
                 reshard(self.model)
@@ -254,6 +256,7 @@ class Trainer(AbstractContextManager):
         if self.checkpointer.should_save(step, last):
             # A checkpoint of a step that was not finite would be resumed from.
             self._settle_nonfinite()
+            self.watchdog.progress(step, "checkpoint")
             with self.metrics.pause():
                 self.checkpointer.save(step, last)
             self.metrics.event("checkpoint", step, quiet=True)
@@ -288,6 +291,9 @@ class Trainer(AbstractContextManager):
         values = {
             f"[{name}]": repr(getattr(self.config, name)) for name in ("optimizer", "lr_scheduler", "parallelism")
         }
+        schedule_file = self.config.parallelism.pipeline_parallel_schedule_csv
+        if schedule_file:
+            values[f"the pipeline schedule in {schedule_file}"] = Path(schedule_file).read_text(encoding="utf-8")
         values["the order of the training data"] = self.dataloader.fingerprint
         if self.validation_loader is not None:
             values["the order of the validation data"] = self.validation_loader.fingerprint
@@ -297,8 +303,12 @@ class Trainer(AbstractContextManager):
         section = self.config.validation
         return build_validation_loader(validation=section, **self._get_loader_options()) if section.enable else None
 
-    def _build_model(self) -> tuple[Any, nn.Module]:
-        """Build the network on the meta device, spread it over the ranks, and give it its first weights."""
+    def _build_model(self) -> tuple[Any, nn.Module, list[Stage], list[str]]:
+        """Build the network on the meta device, spread it over the ranks, and give it its first weights.
+
+        Returns: its args; the network, or what this rank has of it; its pipeline stages here, if any; and the names of all
+        parameters, elsewhere too.
+        """
         config = self.config
         spec = get_model_spec(config.model.name)
         seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
@@ -309,18 +319,32 @@ class Trainer(AbstractContextManager):
             model = spec.load_model_class()(args)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
-        parallelize(model, plan=spec.build_plan(args), dims=self.dims, config=config)
+        names = [name for name, _ in model.named_parameters()]
+        stages = parallelize(model, plan=spec.build_plan(args), dims=self.dims, config=config)
         weight_device = torch.device("cpu") if config.training.enable_cpu_offload else self.device
         init_weights(model, seed=self.seed, device=weight_device, buffer_device=self.device)
         model.train()
         logger.info("%s %s: %s parameters", config.model.name, config.model.flavor, f"{args.n_params():,}")
-        return args, model
+        return args, model, stages, names
 
-    def _build_loss(self) -> LinearCrossEntropy:
-        section = self.config.compile
-        compiled = section.enable and "loss" in section.components
-        return LinearCrossEntropy(
-            chunk_size=self.config.training.loss_chunk_size, compile_backend=section.backend if compiled else None
+    def _build_passes(self, stages: list[Stage]) -> Passes:
+        config = self.config
+        loss_fn = build_loss(
+            chunk_size=config.training.loss_chunk_size,
+            compilation=config.compile,
+            parallelism=config.parallelism,
+            dims=self.dims,
+        )
+        return build_passes(
+            self.model,
+            stages,
+            dim=self.model_args.dim,
+            loss_fn=loss_fn,
+            dims=self.dims,
+            parallelism=config.parallelism,
+            training=config.training,
+            splits_backward=config.activation_checkpoint.mode == "none" and not compiles_model(config.compile),
+            device=self.device,
         )
 
     def _build_checkpointer(self) -> CheckpointManager:
@@ -371,7 +395,7 @@ class Trainer(AbstractContextManager):
 
         def loss_of_batch(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            return self._summed_loss(batch), (batch["labels"] != IGNORE_INDEX).sum()
+            return self.passes.evaluate(batch)
 
         return Validator(
             model=self.model,
@@ -385,11 +409,17 @@ class Trainer(AbstractContextManager):
         """Say which attention kernel really runs, and warn of a slow one."""
         if not isinstance(self.model_args, AttentionShape):
             return  # a user's network, with an attention of its own or none
-        training = self.config.training
+        training, parallelism = self.config.training, self.config.parallelism
         dtype = getattr(torch, training.mixed_precision_param)
-        kernel = describe_attention_kernel(
-            self.model_args, batch=training.local_batch_size, seq=training.seq_len, device=self.device, dtype=dtype
-        )
+        documents = self.config.model.attn_mask_type == "block_causal"
+        if self.dims.cp > 1 and parallelism.context_parallel_method != "ulysses" and not documents:
+            head_dim = self.model_args.head_dim
+            kernel = choose_kernel(self.device, dtype, head_dim, getattr(self.model_args, "v_head_dim", head_dim))
+        else:
+            # The choice does not depend on the number of sequences, of which one is enough to try.
+            kernel = describe_attention_kernel(
+                self.model_args, batch=1, seq=training.seq_len // self.dims.cp, device=self.device, dtype=dtype
+            )
         logger.info("attention: %s", kernel)
         reason = get_slow_attention_reason(kernel, self.device)
         if reason is not None:

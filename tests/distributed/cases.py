@@ -7,17 +7,21 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
+from models.common.attention import build_document_mask
 from models.llama3.args import LlamaArgs
 from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
+from trainer.components.loss import build_loss
+from trainer.components.passes import build_passes
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from trainer.config.schema_training import TrainingConfig
-from trainer.distributed.fsdp import choose_accumulation, set_gradient_sync
+from trainer.config.schema_training import ModelConfig, TrainingConfig
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import init_weights
@@ -26,8 +30,8 @@ from trainer.parallelize import parallelize
 # No size is a multiple of 4, and the 6 rows of wk and wv leave the last of 4 ranks with none.
 ARGS = LlamaArgs(dim=18, n_layers=4, n_heads=3, n_kv_heads=1, vocab_size=67, ffn_hidden_dim=26, max_seq_len=16)
 
-GLOBAL_BATCH = 8
-SEQ_LEN = 12
+GLOBAL_BATCH = 16
+SEQ_LEN = 16
 STEPS = 3
 SEED = 7
 
@@ -44,18 +48,32 @@ class Case:
     compile: dict[str, Any] = field(default_factory=dict)
     microbatches: int = 1
     tied: bool = False
+    documents: bool = False
+    """Whether sequences hold several documents, to which attention keeps."""
+    base: LlamaArgs = ARGS
     tolerance: float = 1e-5
     """Largest relative error, in the 2-norm, of the loss, of each gradient and of each trained parameter."""
 
     @property
     def args(self) -> LlamaArgs:
-        return dataclasses.replace(ARGS, tie_embeddings=self.tied)
+        mask = "block_causal" if self.documents else "causal"
+        return dataclasses.replace(self.base, tie_embeddings=self.tied, attn_mask_type=mask)
 
     @property
     def config(self) -> JobConfig:
+        parallelism = ParallelismConfig(**self.parallelism)
+        model_parallel = parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+        ranks_of_data = self.world_size // (model_parallel * parallelism.pipeline_parallel_degree)
+        training: dict[str, Any] = {
+            "mixed_precision_param": "float32",
+            "seq_len": SEQ_LEN,
+            "global_batch_size": GLOBAL_BATCH,
+            "local_batch_size": GLOBAL_BATCH // ranks_of_data // self.microbatches,
+        }
         return JobConfig(
-            parallelism=ParallelismConfig(**self.parallelism),
-            training=TrainingConfig(**{"mixed_precision_param": "float32", **self.training}),
+            model=ModelConfig(attn_mask_type=self.args.attn_mask_type),
+            parallelism=parallelism,
+            training=TrainingConfig(**{**training, **self.training}),
             activation_checkpoint=ActivationCheckpointConfig(**{"mode": "none", **self.activation_checkpoint}),
             compile=CompileConfig(**self.compile),
         )
@@ -134,9 +152,7 @@ class Outcome:
 
 
 def run_case(case: Case, device_type: str = "cpu") -> Outcome:
-    """Train for `STEPS` steps on this process's part of the data, and return the whole tensors, on the CPU."""
-    import torch.distributed as dist
-
+    """Train for `STEPS` steps on this process's part of the data, and return what it has of the whole tensors, on the CPU."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     config = case.config
     dims = ParallelDims.from_config(config.parallelism, world_size)
@@ -144,39 +160,77 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
     device = torch.device(device_type, torch.cuda.current_device() if device_type == "cuda" else None)
     with torch.device("meta"):
         model = Transformer(case.args)
-    parallelize(model, plan=build_plan(case.args), dims=dims, config=config)
+    stages = parallelize(model, plan=build_plan(case.args), dims=dims, config=config)
     offloads = config.training.enable_cpu_offload
     init_weights(model, seed=SEED, device="cpu" if offloads else device, buffer_device=device)
+    loss_fn = build_loss(chunk_size=7, compilation=config.compile, parallelism=config.parallelism, dims=dims)
+    passes = build_passes(
+        model,
+        stages,
+        dim=case.args.dim,
+        loss_fn=loss_fn,
+        dims=dims,
+        parallelism=config.parallelism,
+        training=config.training,
+        splits_backward=config.activation_checkpoint.mode == "none" and not config.compile.enable,
+        device=device,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-    accumulation = choose_accumulation(model, parallelism=config.parallelism, training=config.training, device=device)
+    pp_mesh = dims.mesh("pp") if dims.pp > 1 else None
     losses, grad_norms, gradients = [], [], {}
     for step in range(STEPS):
-        tokens, labels = (t.to(device) for t in make_batch(step))
-        n_valid = (labels >= 0).sum()
-        mine = slice(dims.dp_rank * GLOBAL_BATCH // dims.dp_degree, (dims.dp_rank + 1) * GLOBAL_BATCH // dims.dp_degree)
+        batch = {name: tensor.to(device) for name, tensor in _make_named_batch(step, case.documents).items()}
+        n_valid = (batch["labels"] >= 0).sum()
         total = torch.zeros((), device=device)
-        microbatches = list(
-            zip(tokens[mine].chunk(case.microbatches), labels[mine].chunk(case.microbatches), strict=True)
-        )
-        for i, (some_tokens, some_labels) in enumerate(microbatches):
-            set_gradient_sync(
-                model,
-                i == len(microbatches) - 1,
-                accumulation=accumulation,
-                reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
-            )
-            loss = model(some_tokens, labels=some_labels, loss_fn=summed_loss) / n_valid
-            loss.backward()
-            total += loss.detach()
+        microbatches = _deal(batch, case.microbatches, dims)
+        for i, microbatch in enumerate(microbatches):
+            total += passes.forward_backward(microbatch, n_valid, is_last=i == len(microbatches) - 1)
+        counted = torch.stack([passes.count_labels(microbatch) for microbatch in microbatches]).sum()
         if dist.is_initialized():
             dist.all_reduce(total, group=dims.loss_group())
+            dist.all_reduce(counted, group=dims.loss_group())
+        assert counted == n_valid, "each label counts once"
         losses.append(total.item())
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        grad_norms.append(clip_grad_norm(model.parameters(), max_norm=0.5).item())
+        grad_norms.append(clip_grad_norm(model.parameters(), max_norm=0.5, pp_mesh=pp_mesh).item())
         optimizer.step()
         optimizer.zero_grad()
     return Outcome(losses, grad_norms, gradients, {name: _whole(p) for name, p in model.named_parameters()})
+
+
+def run_reference(case: Case, device_type: str = "cpu") -> Outcome:
+    """Train as plainly as can be: the bare model, the whole batch at once, the loss from all logits, in fp32."""
+    with torch.device("meta"):
+        model = Transformer(case.args)
+    init_weights(model, seed=SEED, device=device_type)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    losses, grad_norms, gradients = [], [], {}
+    for step in range(STEPS):
+        batch = {name: tensor.to(device_type) for name, tensor in _make_named_batch(step, case.documents).items()}
+        tokens, labels = batch.pop("tokens"), batch.pop("labels")
+        mask = build_document_mask(batch["positions"].cpu(), device_type="cpu").to(device_type) if batch else None
+        loss = sum_cross_entropy(model(tokens, **batch, mask=mask), labels) / (labels >= 0).sum()
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return Outcome(losses, grad_norms, gradients, {name: _whole(p) for name, p in model.named_parameters()})
+
+
+def _make_named_batch(step: int, documents: bool) -> dict[str, torch.Tensor]:
+    tokens, labels = make_batch(step)
+    return {"tokens": tokens, "labels": labels} | ({"positions": make_positions()} if documents else {})
+
+
+def _deal(batch: dict[str, torch.Tensor], n: int, dims: ParallelDims) -> list[dict[str, torch.Tensor]]:
+    """Return this rank's sequences of the global batch, in `n` batches."""
+    mine = slice(dims.dp_rank * GLOBAL_BATCH // dims.dp_degree, (dims.dp_rank + 1) * GLOBAL_BATCH // dims.dp_degree)
+    parts = {name: tensor[mine].chunk(n) for name, tensor in batch.items()}
+    return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
 
 def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,8 +246,20 @@ def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
+def make_positions() -> torch.Tensor:
+    """Return the positions of a batch whose sequences hold documents of different lengths, (batch, seq)."""
+    lengths = [[1 + (row + i) % 7 for i in range(SEQ_LEN)] for row in range(GLOBAL_BATCH)]
+    rows = [torch.cat([torch.arange(length) for length in row])[:SEQ_LEN] for row in lengths]
+    return torch.stack(rows)
+
+
 def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits = hidden @ weight.t()
+    """The plain loss, from the output matrix."""
+    return sum_cross_entropy(hidden @ weight.t(), labels)
+
+
+def sum_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The plain loss. logits: (batch, seq, vocab), labels: (batch, seq)"""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
@@ -201,3 +267,23 @@ def _whole(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None, "this parameter has no gradient"
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+def assert_equal_outcomes(outcomes: list[Outcome], expected: Outcome, tolerance: float) -> None:
+    """Every rank's losses and norms, and the gradients and parameters that it has, are those of one process.
+
+    tolerance: largest relative error, in the 2-norm. Stages of a pipeline have different parameters: together, all.
+    """
+    seen: dict[str, set[str]] = {"gradients": set(), "parameters": set()}
+    for rank, actual in enumerate(outcomes):
+        assert actual.losses == pytest.approx(expected.losses, rel=tolerance), f"loss on rank {rank}"
+        assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance), f"norm on rank {rank}"
+        for kind, names_seen in seen.items():
+            tensors, references = getattr(actual, kind), getattr(expected, kind)
+            errors = {
+                name: ((tensors[name] - references[name]).norm() / references[name].norm()).item() for name in tensors
+            }
+            wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+            assert not wrong, f"{kind} on rank {rank}"
+            names_seen.update(tensors)
+    assert seen == {"gradients": set(expected.gradients), "parameters": set(expected.parameters)}

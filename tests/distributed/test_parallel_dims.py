@@ -33,10 +33,13 @@ def _absent(degrees: dict[str, int], name: str) -> bool:
             {"dp_replicate": [1, 3], "fsdp": [2, 3]},
         ),
         ({"dp_replicate": 4}, {"dp_replicate": [0, 1, 2, 3], "fsdp": [0], "loss": [0, 1, 2, 3]}, {"fsdp": [3]}),
-        # What context, tensor and pipeline parallelism will ask for.
         ({"dp_shard": 2, "cp": 2}, {"fsdp": [0, 1, 2, 3], "dp": [0, 2], "cp": [0, 1]}, {"dp": [1, 3], "cp": [2, 3]}),
         ({"dp_shard": 2, "tp": 2}, {"fsdp": [0, 2], "tp": [0, 1], "loss": [0, 2]}, {"fsdp": [1, 3], "tp": [2, 3]}),
-        ({"dp_shard": 2, "pp": 2}, {"fsdp": [0, 1], "pp": [0, 2], "loss": [0, 1]}, {"fsdp": [2, 3], "pp": [1, 3]}),
+        (
+            {"dp_shard": 2, "pp": 2},
+            {"fsdp": [0, 1], "pp": [0, 2], "dp": [0, 1], "loss": [0, 1, 2, 3]},
+            {"fsdp": [2, 3], "pp": [1, 3]},
+        ),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.training import Account, Fault, Run
+from tests.distributed.training import Account, Fault, Run, assert_equal_states, assert_succeeded, sequences_by_step
 
 SEEDED = "--debug.seed=3"
 CHECKPOINTS = "--checkpoint.enable"
@@ -23,26 +23,6 @@ def cache(tmp_path_factory) -> Run:
 @pytest.fixture
 def run(cache: Run, request) -> Run:
     return cache.clone("".join(c if c.isalnum() else "_" for c in request.node.name))
-
-
-def assert_succeeded(accounts: list[Account]) -> list[Account]:
-    for account in accounts:
-        assert (account.exit_code, account.error) == (0, ""), account.stdout + account.stderr
-    return accounts
-
-
-def assert_equal_states(actual: Account, expected: Account, step: int) -> None:
-    """Parameters and optimizer states are the same in every bit."""
-    assert actual.states[step].keys() == expected.states[step].keys()
-    different = [n for n, value in actual.states[step].items() if not torch.equal(value, expected.states[step][n])]
-    assert not different
-
-
-def sequences_by_step(accounts: list[Account]) -> dict[int, list[tuple[int, ...]]]:
-    """What all ranks trained on in each step, in an order that does not depend on who had what."""
-    return {
-        step: sorted(row for account in accounts for row in account.sequences[step]) for step in accounts[0].sequences
-    }
 
 
 # --- one run ---

@@ -200,13 +200,20 @@ def _make_probe(account: Account, keep: tuple[int, ...], fault: Fault | None) ->
                 account.first_batches.append(batch)
             return batch
 
-        def _summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
-            loss = super()._summed_loss(batch)
-            hit = fault is not None and torch.is_grad_enabled() and self._is_first_microbatch
-            self._is_first_microbatch = False
-            if hit and self.state.step + 1 in fault.steps:
-                return loss * float("nan") if fault.kind == "loss" else _PoisonGradient.apply(loss)
-            return loss
+        def _build_passes(self, *args: Any) -> Any:
+            passes = super()._build_passes(*args)
+            loss_fn = passes.loss_fn
+
+            def spoiled(*args: Tensor) -> Tensor:
+                loss = loss_fn(*args)
+                hit = fault is not None and torch.is_grad_enabled() and self._is_first_microbatch
+                self._is_first_microbatch = False
+                if hit and self.state.step + 1 in fault.steps:
+                    return loss * float("nan") if fault.kind == "loss" else _PoisonGradient.apply(loss)
+                return loss
+
+            passes.loss_fn = spoiled
+            return passes
 
         def _after_step(self) -> None:
             self._take_states()
@@ -235,3 +242,23 @@ class _PoisonGradient(torch.autograd.Function):
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def assert_succeeded(accounts: list[Account]) -> list[Account]:
+    for account in accounts:
+        assert (account.exit_code, account.error) == (0, ""), account.stdout + account.stderr
+    return accounts
+
+
+def assert_equal_states(actual: Account, expected: Account, step: int) -> None:
+    """Parameters and optimizer states are the same in every bit."""
+    assert actual.states[step].keys() == expected.states[step].keys()
+    different = [n for n, value in actual.states[step].items() if not torch.equal(value, expected.states[step][n])]
+    assert not different
+
+
+def sequences_by_step(accounts: list[Account]) -> dict[int, list[tuple[int, ...]]]:
+    """What all ranks trained on in each step, in an order that does not depend on who had what."""
+    return {
+        step: sorted(row for account in accounts for row in account.sequences[step]) for step in accounts[0].sequences
+    }

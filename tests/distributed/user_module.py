@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from models.deepseek_v3.args import DeepSeekV3Args
+from models.deepseek_v3.plan import build_plan as build_experts_plan
 from models.llama3.args import LlamaArgs
 from models.llama3.plan import build_plan
 from models.registry import ModelSpec, register_model
@@ -17,8 +19,32 @@ from trainer.components.optimizer import TrainedParameter, group_parameters, reg
 from trainer.config.schema_training import OptimizerConfig
 
 TINY = LlamaArgs(dim=24, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=259, ffn_hidden_dim=40, norm_eps=1e-5)
+# Enough heads for Ulysses, and enough blocks for two stages on each of two ranks.
+DEEP = LlamaArgs(dim=24, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=259, ffn_hidden_dim=40, norm_eps=1e-5)
 # Smaller than the vocabulary of the byte tokenizer.
 TOO_SMALL = LlamaArgs(dim=24, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=100, ffn_hidden_dim=40)
+# A bias that moves so fast changes which expert a token meets within a few steps.
+EXPERTS = DeepSeekV3Args(
+    dim=24,
+    n_layers=4,
+    n_dense_layers=1,
+    n_heads=2,
+    vocab_size=259,
+    hidden_dim=40,
+    q_lora_rank=0,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    rope_scaling=None,
+    n_experts=8,
+    top_k=2,
+    moe_hidden_dim=16,
+    n_expert_groups=2,
+    n_limited_groups=1,
+    bias_update_speed=0.05,
+    max_seq_len=64,
+)
 
 
 def write_notes(count: int, seed: int) -> Iterator[str]:
@@ -38,10 +64,19 @@ def build_momentum(parameters: list[TrainedParameter], section: OptimizerConfig)
 register_model(
     ModelSpec(
         name="bloomlet",
-        flavors={"tiny": TINY, "too_small": TOO_SMALL},
+        flavors={"tiny": TINY, "deep": DEEP, "too_small": TOO_SMALL},
         build_plan=build_plan,
         model_class="models.llama3.model:Transformer",
         adapter_class="models.llama3.state_dict_adapter:Llama3Adapter",
+    )
+)
+register_model(
+    ModelSpec(
+        name="bloomlet_experts",
+        flavors={"tiny": EXPERTS},
+        build_plan=build_experts_plan,
+        model_class="models.deepseek_v3.model:Transformer",
+        adapter_class="models.deepseek_v3.state_dict_adapter:DeepSeekV3Adapter",
     )
 )
 register_source(SourceSpec("notes", "made-up notes", lambda *_: [GeneratedFile(write_notes, (40, 1))], "none"))

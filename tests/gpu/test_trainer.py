@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from models.common.attention import build_document_mask
 from tests.distributed.harness import run_distributed
-from trainer import trainer as trainer_module
+from trainer.components import passes as passes_module
 from trainer.components.metric_writers import METRICS_FILE, read_metrics
 from trainer.config.manager import load_config
+from trainer.distributed.watchdog import Watchdog
 from trainer.preflight import check
 from trainer.trainer import Launch, Trainer, _use_device
 
@@ -82,7 +83,7 @@ def open_trainer(folder: Path, *overrides: str) -> Iterator[Probe]:
     check(loaded, 1)
     folder.mkdir(exist_ok=True)
     try:
-        with Probe(loaded.config, Launch()) as trainer:
+        with Watchdog(loaded.config.comm) as watchdog, Probe(loaded.config, Launch(), watchdog) as trainer:
             yield trainer
     finally:
         if dist.is_initialized():
@@ -128,7 +129,7 @@ def train_fast_resumed_and_plain(folder: Path) -> dict[str, Any]:
     differences = {step: find_differences(resumed[step], fast[step]) for step in resumed}
     dense = lambda positions, device_type: build_document_mask(positions, device_type="cpu")  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "build_document_mask", dense)
+        patch.setattr(passes_module, "build_document_mask", dense)
         with open_trainer(
             folder / "plain", "--training.mixed_precision_param=float32", "--training.steps=1"
         ) as trainer:
@@ -190,7 +191,7 @@ def train_through_faults(folder: Path) -> dict[str, Any]:
     profiling = ["--profiling.enable_profiling", "--profiling.profile_freq=4", "--profiling.profiler_warmup=1"]
     skip = ["--training.steps=4", "--training.nonfinite_policy=skip"]
     with open_trainer(folder / "skips", *skip, *profiling) as trainer:
-        trainer.loss_fn = SpoiledLoss(trainer.loss_fn)  # type: ignore[assignment]
+        trainer.passes.loss_fn = SpoiledLoss(trainer.passes.loss_fn)
         trainer.train()
         states = trainer.states
         facts["changes"] = {step: len(find_differences(states[step], states[step - 1])) for step in (2, 3, 4)}
@@ -198,7 +199,7 @@ def train_through_faults(folder: Path) -> dict[str, Any]:
         facts["finite"] = all(bool(tensor.isfinite().all()) for tensor in states[4].values())
         facts["parameters"] = len(list(trainer.model.parameters()))
     with open_trainer(folder / "memory", "--training.steps=3", "--profiling.enable_memory_snapshot") as trainer:
-        trainer.loss_fn = GreedyLoss(trainer.loss_fn)  # type: ignore[assignment]
+        trainer.passes.loss_fn = GreedyLoss(trainer.passes.loss_fn)
         try:
             trainer.train()
         except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ def trainer() -> Trainer:
     bare = Trainer.__new__(Trainer)
     bare.config = JobConfig()
     bare.state = SimpleNamespace(step=7)
-    for part in ("checkpointer", "dataloader", "garbage_collection", "metrics", "nonfinite", "profiler"):
+    for part in ("checkpointer", "dataloader", "garbage_collection", "metrics", "nonfinite", "profiler", "watchdog"):
         setattr(bare, part, MagicMock(name=part))
     bare.validator = bare.validation_loader = None
     bare.checkpointer.should_save.return_value = False

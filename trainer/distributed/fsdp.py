@@ -63,7 +63,8 @@ def apply_data_parallel(
         module.set_force_sum_reduction_for_comms(True)
     if parallelism.fsdp_prefetch > 0:
         _set_prefetch([unit[0] for unit in units], parallelism.fsdp_prefetch)
-    if parallelism.fsdp_collectives != "nccl" and dims.fsdp > 1:
+    # Under a pipeline ranks would wait for their device, to make buffers on first use, while neighbours wait for them.
+    if parallelism.fsdp_collectives != "nccl" and dims.fsdp > 1 and dims.pp == 1:
         _use_copy_engine(model, dims=dims, parallelism=parallelism, training=training)
 
 

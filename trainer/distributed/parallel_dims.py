@@ -108,8 +108,8 @@ class ParallelDims:
         """Make the meshes. Collective: all ranks call it. Without a process group (one process) there are none.
 
         `mesh(name)` then knows, for weights: `pp`, `dp_replicate`, `fsdp` (dp_shard * cp), `tp`, and `hsdp`, the 2-D
-        (dp_replicate, fsdp); for data: `dp` (ranks that see different data), `cp`, and `loss` (dp * cp: ranks whose losses
-        add up). Axes of degree 1 are left out, `fsdp`, `dp` and `loss` excepted, for each costs a process group per rank.
+        (dp_replicate, fsdp); for data: `dp` (ranks that see different data), `cp`, and `loss` (pp * dp * cp: ranks whose
+        losses add up). Axes of degree 1 are left out, `fsdp`, `dp` and `loss` excepted, for each costs a process group a rank.
         """
         assert not self._meshes, "the meshes exist already"
         if not dist.is_initialized():
@@ -120,13 +120,15 @@ class ParallelDims:
         weights = self._add_view(world, pp=self.pp, dp_replicate=self.dp_replicate, fsdp=self.fsdp, tp=self.tp)
         if self.dp_replicate > 1:
             self._meshes["hsdp"] = weights["dp_replicate", "fsdp"]
-            self._meshes["loss"] = self._meshes["hsdp"]._flatten("loss")
-        else:
-            self._meshes["loss"] = self._meshes["fsdp"]
         if self.cp > 1:
             self._add_view(world, pp=self.pp, dp=self.dp_degree, cp=self.cp, tp=self.tp)
-        else:
-            self._meshes["dp"] = self._meshes["loss"]
+        joined: dict[tuple[str, ...], DeviceMesh] = {}
+        for name, axes in (("dp", ("dp_replicate", "fsdp")), ("loss", ("pp", "dp_replicate", "fsdp"))):
+            kept = tuple(axis for axis in axes if axis in self._meshes)
+            if name not in self._meshes:
+                if kept not in joined:
+                    joined[kept] = weights[kept]._flatten(name) if len(kept) > 1 else weights[kept]
+                self._meshes[name] = joined[kept]
 
     def _add_view(self, world: DeviceMesh, **degrees: int) -> DeviceMesh:
         """Cut the ranks into these axes, outermost first, and remember each axis that is new."""

@@ -1,0 +1,219 @@
+"""Every pair of techniques, and chosen larger sets: the table of docs/parallelism.md, as data.
+
+`test_table.py` runs each row: it equals one process, or the configuration is refused with the reason that stands here.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.llama3.args import LlamaArgs
+from models.llama3.plan import build_plan
+from tests.distributed.cases import GLOBAL_BATCH, Case
+from trainer.config.validate import find_problems
+from trainer.preflight_parallel import Model, find_parallel_model_problems
+
+# Every rank has two heads, which share a key and value head: less than that Ulysses cannot deal out. The vocabulary and the
+# feed-forward part do not divide.
+ARGS = LlamaArgs(dim=24, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=26, max_seq_len=16)
+
+CSV = Path(__file__).parent / "schedule.csv"
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One thing that a user can switch on, as settings. Those of one kind exclude each other."""
+
+    name: str
+    kind: str
+    label: str
+    """What the printed table calls it."""
+    settings: str
+    """The keys that switch it on, as the printed table shows them."""
+    ranks: int = 1
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    activation_checkpoint: dict[str, Any] = field(default_factory=dict)
+    compile: dict[str, Any] = field(default_factory=dict)
+    accumulation: int = 1
+    tied: bool = False
+    documents: bool = False
+
+
+def _data(name: str, label: str, replicate: int, shard: int) -> Technique:
+    degrees = {"data_parallel_replicate_degree": replicate, "data_parallel_shard_degree": shard}
+    settings = f"data_parallel_replicate_degree = {replicate}, data_parallel_shard_degree = {shard}"
+    return Technique(name, "data", label, settings, ranks=replicate * shard, parallelism=degrees)
+
+
+def _context(method: str, label: str, **more: Any) -> Technique:
+    degrees = {"context_parallel_degree": 2, "context_parallel_method": method, **more}
+    settings = ", ".join(f"{key} = {value}" for key, value in degrees.items())
+    name = f"cp_{method}" + ("_alltoall" if more else "")
+    return Technique(name, "context", label, settings, ranks=2, parallelism=degrees)
+
+
+def _pipeline(schedule: str) -> Technique:
+    degrees = {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": schedule}
+    settings = f"pipeline_parallel_degree = 2, pipeline_parallel_schedule = {schedule}"
+    return Technique(f"pp_{schedule.lower()}", "pipeline", f"PP {schedule}", settings, ranks=2, parallelism=degrees)
+
+
+def _recompute(name: str, label: str, **section: Any) -> Technique:
+    settings = ", ".join(f"activation_checkpoint.{key} = {value}" for key, value in section.items())
+    return Technique(name, "recomputation", label, settings, activation_checkpoint=section)
+
+
+_COMPILE = {"enable": True, "backend": "aot_eager"}
+
+TECHNIQUES = (
+    _data("fsdp", "FSDP", 1, 2),
+    _data("hsdp", "HSDP", 2, 2),
+    _data("ddp", "DDP", 2, 1),
+    Technique("tp", "tensor", "TP", "tensor_parallel_degree = 2", ranks=2, parallelism={"tensor_parallel_degree": 2}),
+    _context("allgather", "CP all-gather"),
+    _context("ring", "CP ring"),
+    _context("ring", "CP ring, all-to-all", context_parallel_rotate_method="alltoall"),
+    _context("ulysses", "CP Ulysses"),
+    *map(_pipeline, ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")),
+    Technique(
+        "pp_csv",
+        "pipeline",
+        "PP from CSV",
+        "pipeline_parallel_degree = 2, pipeline_parallel_schedule_csv = FILE",
+        ranks=2,
+        parallelism={"pipeline_parallel_degree": 2, "pipeline_parallel_schedule_csv": str(CSV)},
+    ),
+    _recompute("ac_full", "AC full", mode="full"),
+    _recompute("ac_every_second", "AC every 2nd", mode="selective", selective_ac_option="2"),
+    _recompute("ac_op", "AC by operation", mode="selective", selective_ac_option="op"),
+    Technique(
+        "ac_budget",
+        "recomputation",
+        "AC by budget",
+        "activation_checkpoint.mode = memory_budget, compile.enable = true",
+        activation_checkpoint={"mode": "memory_budget", "memory_budget": 0.3},
+        compile=_COMPILE,
+    ),
+    Technique("compile", "compilation", "compile", "compile.enable = true", compile=_COMPILE),
+    Technique("accumulation", "accumulation", "accumulation", "training.global_batch_size", accumulation=2),
+    Technique("documents", "mask", "documents", "model.attn_mask_type = block_causal", documents=True),
+    Technique("tied", "tied", "tied", "a flavor with tied embeddings", tied=True),
+    Technique(
+        "bf16", "precision", "bf16", "mixed_precision_param = bfloat16", training={"mixed_precision_param": "bfloat16"}
+    ),
+)
+
+BY_NAME = {technique.name: technique for technique in TECHNIQUES}
+
+LARGER_SETS = (
+    # Where an asynchronous collective's result would enter a compiled block: gradients of the embedding vanish in silence.
+    ("fsdp", "tp", "compile"),
+    ("fsdp", "tp", "compile", "bf16"),
+    ("ddp", "tp", "compile", "ac_op"),
+    ("hsdp", "tp", "compile", "ac_op"),
+    ("hsdp", "tp", "accumulation", "tied"),
+    ("fsdp", "tp", "ac_full", "tied"),
+    ("fsdp", "tp", "documents", "compile"),
+    ("fsdp", "cp_allgather", "documents", "compile"),
+    ("fsdp", "cp_allgather", "compile", "ac_op"),
+    ("fsdp", "cp_ring", "compile", "ac_op"),
+    ("fsdp", "cp_ring_alltoall", "ac_full", "accumulation"),
+    ("fsdp", "cp_ulysses", "documents", "ac_op"),
+    ("fsdp", "cp_ulysses", "compile", "bf16"),
+    ("hsdp", "cp_allgather", "accumulation", "tied"),
+    ("ddp", "cp_ring", "compile", "accumulation"),
+    ("tp", "cp_allgather", "fsdp", "compile"),
+    ("tp", "cp_allgather", "fsdp", "documents"),
+    ("tp", "cp_ring", "fsdp", "ac_op"),
+    ("tp", "cp_ring_alltoall", "ddp", "bf16"),
+    ("tp", "pp_1f1b", "fsdp"),
+    ("tp", "pp_1f1b", "fsdp", "compile"),
+    ("tp", "pp_1f1b", "ddp", "documents"),
+    ("tp", "pp_interleaved1f1b", "fsdp", "ac_op"),
+    ("tp", "pp_zbvzerobubble", "fsdp"),
+    ("tp", "pp_dualpipev", "fsdp", "bf16"),
+    ("tp", "pp_gpipe", "cp_allgather", "documents"),
+    ("tp", "pp_1f1b", "cp_ring", "compile"),
+    ("fsdp", "pp_1f1b", "compile", "ac_op"),
+    ("fsdp", "pp_1f1b", "accumulation", "documents"),
+    ("fsdp", "pp_interleaved1f1b", "cp_allgather"),
+    ("fsdp", "pp_zbvzerobubble", "cp_ulysses"),
+    ("fsdp", "pp_1f1b", "cp_ring", "documents"),
+    ("hsdp", "pp_1f1b", "accumulation", "ac_full"),
+    ("hsdp", "pp_interleaved1f1b", "bf16"),
+    ("ddp", "pp_zbvzerobubble", "accumulation"),
+    ("ddp", "pp_interleavedzerobubble", "cp_allgather", "documents"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some techniques together."""
+
+    techniques: tuple[Technique, ...]
+
+    @property
+    def name(self) -> str:
+        """Its name as a test."""
+        return "-".join(technique.name for technique in self.techniques)
+
+    @property
+    def case(self) -> Case:
+        """The run that shows whether it is right."""
+        merged: dict[str, dict[str, Any]] = {}
+        for section in ("parallelism", "training", "activation_checkpoint", "compile"):
+            merged[section] = {k: v for t in self.techniques for k, v in getattr(t, section).items()}
+        ranks = accumulation = 1
+        for technique in self.techniques:
+            ranks *= technique.ranks
+            accumulation *= technique.accumulation
+        if "pipeline_parallel_degree" in merged["parallelism"]:
+            # Four microbatches, or as many as there are sequences.
+            local_batch = GLOBAL_BATCH // accumulation // self._count_ranks_of_data()
+            merged["parallelism"]["pipeline_parallel_microbatch_size"] = max(1, local_batch // 4)
+        low_precision = any(technique.name == "bf16" for technique in self.techniques)
+        return Case(
+            self.name,
+            ranks,
+            **merged,
+            microbatches=accumulation,
+            tied=any(technique.tied for technique in self.techniques),
+            documents=any(technique.documents for technique in self.techniques),
+            base=ARGS,
+            tolerance=4e-2 if low_precision else 1e-5,
+        )
+
+    def _count_ranks_of_data(self) -> int:
+        return next((technique.ranks for technique in self.techniques if technique.kind == "data"), 1)
+
+
+def list_rows() -> list[Row]:
+    """Return all rows: each technique alone, every pair, and the larger sets."""
+    alone = [(technique,) for technique in TECHNIQUES]
+    pairs = [(a, b) for a, b in itertools.combinations(TECHNIQUES, 2) if a.kind != b.kind]
+    larger = [tuple(BY_NAME[name] for name in names) for names in LARGER_SETS]
+    return [Row(techniques) for techniques in (*alone, *pairs, *larger)]
+
+
+_NO_KV_HEAD = "the degree must divide the heads"
+_SHARED = "tied embeddings"
+
+REFUSED = {
+    frozenset({"cp_ring", "documents"}): "cannot keep attention inside documents",
+    frozenset({"cp_ring_alltoall", "documents"}): "cannot keep attention inside documents",
+    frozenset({"tp", "cp_ulysses"}): _NO_KV_HEAD,
+    **{frozenset({technique.name, "tied"}): _SHARED for technique in TECHNIQUES if technique.kind == "pipeline"},
+}
+"""What cannot work, and a part of the reason given. Everything else must work."""
+
+
+def find_refusal(row: Row) -> str | None:
+    """Return why the program refuses to start such a run; None: it does not."""
+    case = row.case
+    config = case.config
+    problems, _ = find_problems(config, world_size=case.world_size)
+    model = Model(case.args, build_plan(case.args), "the model of this table")
+    problems += find_parallel_model_problems(model, config.parallelism)
+    return str(problems[0]) if problems else None

@@ -1,0 +1,44 @@
+"""Every row of the table gives the losses, gradients and trained weights of one process, or is refused with its reason."""
+
+import functools
+
+import pytest
+
+from tests.distributed import render_table
+from tests.distributed.cases import Case, Outcome, assert_equal_outcomes, run_case, run_reference
+from tests.distributed.harness import run_distributed
+from tests.distributed.table import ARGS, REFUSED, Row, find_refusal, list_rows
+
+# A compiler on cores that others use as well takes longer than anything else here.
+TIMEOUT_SECONDS = 240.0
+
+
+@functools.cache
+def _reference(tied: bool, documents: bool) -> Outcome:
+    return run_reference(Case("reference", tied=tied, documents=documents, base=ARGS))
+
+
+@pytest.mark.parametrize("row", list_rows(), ids=lambda row: row.name)
+def test_row_equals_one_process_or_is_refused(row: Row) -> None:
+    names = {technique.name for technique in row.techniques}
+    expected_reason = next((reason for combination, reason in REFUSED.items() if combination <= names), None)
+    refusal = find_refusal(row)
+    if expected_reason is not None:
+        assert refusal is not None, "what cannot work must not start"
+        assert expected_reason in refusal
+        return
+    assert refusal is None, "nothing else may be refused"
+    case = row.case
+    outcomes = run_distributed(run_case, case.world_size, case, timeout=TIMEOUT_SECONDS)
+    assert_equal_outcomes(outcomes, _reference(case.tied, case.documents), case.tolerance)
+
+
+def test_page_shows_the_table_that_is_tested() -> None:
+    page = render_table.PAGE.read_text(encoding="utf-8")
+    assert page == render_table.insert(page), "run `python -m tests.distributed.render_table`"
+
+
+def test_table_has_every_pair() -> None:
+    rows = [frozenset(technique.name for technique in row.techniques) for row in list_rows()]
+    assert len(rows) == len(set(rows))
+    assert sum(len(names) == 2 for names in rows) > 200
