@@ -10,7 +10,7 @@ from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
 from tests.distributed.cases import Case
 from tests.distributed.harness import run_distributed
-from trainer.distributed.copy_engine import find_obstacle
+from trainer.distributed.copy_engine import agree_on_obstacle, find_obstacle
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.parallelize import parallelize
 
@@ -57,3 +57,15 @@ def test_obstacle_of_one_rank_is_found_by_all() -> None:
         assert reason == "the sharding group spans the hosts one, two"
     for reason in run_distributed(_find_obstacle, 3, ["one"] * 3, {**everything, 1: {0}}):
         assert reason == "GPU 1 cannot reach the memory of the GPUs [2]"
+
+
+def _agree(obstacles: list[str | None]) -> str | None:
+    return agree_on_obstacle(obstacles[dist.get_rank()], torch.device("cpu"))
+
+
+def test_obstacle_of_one_group_keeps_all_from_copy_engines() -> None:
+    assert run_distributed(_agree, 2, [None, None]) == [None, None]
+    assert run_distributed(_agree, 2, [None, "too far"]) == [
+        "it cannot be used by the GPUs of another sharding group",
+        "too far",
+    ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch._higher_order_ops.flex_attention import flex_attention
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.plan import ParallelPlan, match_modules
@@ -107,7 +108,7 @@ def _checkpointed(
 def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfig) -> Callable[[], tuple]:
     """Return the contexts of one forward and its recomputation: which operations' results to keep."""
     recomputed_shapes = {
-        tuple(reversed(module.weight.shape))
+        tuple(reversed(_get_local_shape(module.weight)))
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
         and any(part in name for part in section.per_op_sac_force_recompute_mm_shapes_by_fqns)
@@ -127,6 +128,11 @@ def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfi
         return create_selective_checkpoint_contexts(decide)
 
     return get_contexts
+
+
+def _get_local_shape(weight: torch.Tensor) -> torch.Size:
+    """Return the shape that a product sees: that of this rank's part under tensor parallelism."""
+    return weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
 
 
 def _set_memory_budget(

@@ -130,7 +130,10 @@ def _peers(rank: int, ranks: int) -> list[int]:
 
 
 def find_obstacle(group: dist.ProcessGroup) -> str | None:
-    """Return why the ranks of a group cannot use copy engines, or None if they can. Collective over the group."""
+    """Return why the ranks of a group cannot use copy engines, or None if they can. Collective over the group.
+
+    Groups may find different answers: `agree_on_obstacle`.
+    """
     devices: list[tuple[str, int] | None] = [None] * group.size()
     device = torch.cuda.current_device() if torch.cuda.is_available() else -1
     dist.all_gather_object(devices, (socket.gethostname(), device), group=group)
@@ -147,6 +150,17 @@ def find_obstacle(group: dist.ProcessGroup) -> str | None:
     reason = f"GPU {device} cannot reach the memory of the GPUs {unreachable}" if unreachable else None
     dist.all_gather_object(reasons, reason, group=group)
     return next((found for found in reasons if found), None)
+
+
+def agree_on_obstacle(obstacle: str | None, device: torch.device) -> str | None:
+    """Return the obstacle of this rank's group, or that another group has one. Collective over all ranks.
+
+    Ranks of tensor parallelism hold the same norms, each sharded over a group of its own: sums in different orders would let
+    these drift apart.
+    """
+    count = torch.tensor(0 if obstacle is None else 1, device=device)
+    dist.all_reduce(count)
+    return obstacle or ("it cannot be used by the GPUs of another sharding group" if count else None)
 
 
 def apply_copy_engine(model: torch.nn.Module, *, group: dist.ProcessGroup, wire_dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_training import TrainingConfig
-from trainer.distributed.copy_engine import apply_copy_engine, find_obstacle
+from trainer.distributed.copy_engine import agree_on_obstacle, apply_copy_engine, find_obstacle
 from trainer.distributed.parallel_dims import ParallelDims
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def _use_copy_engine(
     model: nn.Module, *, dims: ParallelDims, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> None:
     mesh = dims.mesh("fsdp")
-    obstacle = find_obstacle(mesh.get_group())
+    device = torch.device(mesh.device_type)
+    obstacle = agree_on_obstacle(find_obstacle(mesh.get_group()), device)
     if obstacle is not None:
         if parallelism.fsdp_collectives == "copy_engine":
             raise ValueError(
@@ -81,9 +82,7 @@ def _use_copy_engine(
             )
         logger.info("FSDP communicates through the process group's backend: %s", obstacle)
         return
-    accumulation = choose_accumulation(
-        model, parallelism=parallelism, training=training, device=torch.device(mesh.device_type)
-    )
+    accumulation = choose_accumulation(model, parallelism=parallelism, training=training, device=device)
     # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.
     wire = training.mixed_precision_param if accumulation == "sharded" else training.mixed_precision_reduce
     apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire))
