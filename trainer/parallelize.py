@@ -6,7 +6,7 @@ from models.plan import ParallelPlan
 from trainer.config.schema import JobConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
 from trainer.distributed.compile import apply_compile, compiles_model
-from trainer.distributed.context_parallel import apply_context_parallel
+from trainer.distributed.context_parallel import apply_context_parallel, require_positions
 from trainer.distributed.fsdp import apply_data_parallel
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage, split_into_stages
@@ -39,6 +39,8 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
         )
     if dims.cp > 1:
         apply_context_parallel(model, plan=plan, mesh=dims.mesh("cp"), parallelism=config.parallelism)
+        for stage in stages:
+            require_positions(stage.module)
     # Recomputation becomes part of the compiled graph, and both run inside FSDP's hooks, on gathered weights.
     apply_activation_checkpoint(
         model,

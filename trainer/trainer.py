@@ -22,7 +22,7 @@ from models.registry import get_model_spec
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
 from trainer.components.determinism import set_determinism
-from trainer.components.expert_load import build_expert_load
+from trainer.components.expert_balance import build_expert_balance
 from trainer.components.garbage_collection import GarbageCollection
 from trainer.components.loss import build_loss
 from trainer.components.lr_scheduler import build_lr_scheduler
@@ -36,7 +36,6 @@ from trainer.components.validation import Validator
 from trainer.config.schema import JobConfig
 from trainer.distributed.blockwise_attention import choose_kernel
 from trainer.distributed.compile import compiles_model
-from trainer.distributed.fsdp import reshard
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage
@@ -110,10 +109,11 @@ class Trainer(AbstractContextManager):
         self.model_args, self.model, stages, names = self._build_model()
         self.passes = self._build_passes(stages)
         self.optimizers = build_optimizer(self.model, section=config.optimizer, all_names=names)
-        self.expert_load = build_expert_load(
+        self.expert_balance = build_expert_balance(
             self.model,
-            bias_update_speed=getattr(self.model_args, "bias_update_speed", 0.0),
+            args=self.model_args,
             dims=self.dims,
+            device=self.device,
             force_load_balance=config.debug.moe_force_load_balance,
         )
         self.lr_scheduler = build_lr_scheduler(
@@ -202,7 +202,7 @@ class Trainer(AbstractContextManager):
         self.state.step += 1
         skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
         self.checkpointer.maybe_wait_for_staging()
-        self.expert_load.update(skip)
+        self.expert_balance.update(skip)
         lr = self.lr_scheduler.get_last_lr()[0]
         extra = self._get_further_values() if self.metrics.should_log(self.state.step) else {}
         self.optimizers.step(skip)
@@ -218,7 +218,7 @@ class Trainer(AbstractContextManager):
         """Return what the curves show beside loss, norm and speed. The learning rates are those of the coming update."""
         rates = self.optimizers.get_learning_rates()
         lrs = {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
-        return {**self._measure_sources(), **lrs, **self.expert_load.measure()}
+        return {**self._measure_sources(), **lrs, **self.expert_balance.measure()}
 
     def _measure_sources(self) -> dict[str, float]:
         """Return tokens and epochs of each source of the data up to here."""
@@ -251,7 +251,7 @@ class Trainer(AbstractContextManager):
             self.watchdog.progress(step, "validation")
             with self.metrics.pause():
                 loss, seconds = self.validator.run()
-                reshard(self.model)
+                self.passes.reshard()
             self.metrics.event("validation", step, loss=loss, seconds=seconds)
         if self.checkpointer.should_save(step, last):
             # A checkpoint of a step that was not finite would be resumed from.
@@ -292,7 +292,7 @@ class Trainer(AbstractContextManager):
             f"[{name}]": repr(getattr(self.config, name)) for name in ("optimizer", "lr_scheduler", "parallelism")
         }
         schedule_file = self.config.parallelism.pipeline_parallel_schedule_csv
-        if schedule_file:
+        if self.dims.pp > 1 and schedule_file:
             values[f"the pipeline schedule in {schedule_file}"] = Path(schedule_file).read_text(encoding="utf-8")
         values["the order of the training data"] = self.dataloader.fingerprint
         if self.validation_loader is not None:

@@ -114,7 +114,7 @@ def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, 
     assert validation[0] == pytest.approx(validation[1], rel=1e-5)
     here = [name for name in run.lines()[0] if name.startswith("experts/layers.")]
     assert here
-    for key in here:
+    for key in (*here, "experts/max_over_mean", "experts/entropy"):
         assert run.curve(key) == pytest.approx(whole.curve(key), rel=1e-5), key
     assert run.curve("experts/dropped") == [0.0] * 7
 

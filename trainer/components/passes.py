@@ -12,7 +12,7 @@ from models.common.output import LossFunction
 from trainer.components.loss import IGNORE_INDEX
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_training import TrainingConfig
-from trainer.distributed.fsdp import Accumulation, choose_accumulation, set_gradient_sync
+from trainer.distributed.fsdp import Accumulation, choose_accumulation, reshard, set_gradient_sync
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_parallel import Activations, Pipeline, build_pipeline
 from trainer.distributed.pipeline_stages import Stage
@@ -51,8 +51,7 @@ class Passes:
         """Return how many labels of a batch count into this rank's losses, 0-dim. Summed over ranks each counts once."""
         labels = batch["labels"] if self.split is None else self.split.take(batch["labels"])
         count = (labels != IGNORE_INDEX).sum()
-        has_loss = self.pipeline is None or any(stage.is_last for stage in self.pipeline.stages.values())
-        return count if has_loss else torch.zeros_like(count)
+        return count if self.pipeline is None or self.pipeline.has_loss else torch.zeros_like(count)
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor, *, is_last: bool) -> Tensor:
         """Add the gradients of one batch to the model's. Return this rank's part of the step's mean loss, 0-dim.
@@ -82,6 +81,12 @@ class Passes:
         else:
             loss = self._get_loss(batch)
         return loss, self.count_labels(batch)
+
+    def reshard(self) -> None:
+        """Free all gathered weights; see `trainer.distributed.fsdp.reshard`."""
+        stages = [self.model] if self.pipeline is None else [stage.module for stage in self.pipeline.stages.values()]
+        for stage in stages:
+            reshard(stage)
 
     def _get_loss(self, batch: Batch) -> Tensor:
         inputs = self._get_inputs(batch)

@@ -68,12 +68,18 @@ def apply_activation_checkpoint(
     if section.mode == "selective":
         by_operation = section.selective_ac_option == "op"
         every = 1 if by_operation else _parse_every(section.selective_ac_option)
-    checkpointed = names[every - 1 :: every]
+    checkpointed = [name for place, name in enumerate(names) if (_get_number(name, place) + 1) % every == 0]
     for name in checkpointed:
         block = modules[name]
         contexts = _get_selective_contexts(block, section) if by_operation else None
         block.forward = _checkpointed(block.forward, section, contexts)
     logger.debug("activation checkpointing of %d of %d blocks", len(checkpointed), len(names))
+
+
+def _get_number(name: str, place: int) -> int:
+    """Return the number of a block in the whole model, of which a pipeline's rank has a part: that in its name, if any."""
+    last = name.rpartition(".")[2]
+    return int(last) if last.isdecimal() else place
 
 
 def _parse_every(option: str) -> int:

@@ -51,6 +51,11 @@ def apply_context_parallel(
     for name in match_modules(plan.attention, modules):
         # One function for all layers: a compiled block's code is shared by those whose functions are the same.
         modules[name].forward = types.MethodType(forward, modules[name])
+    require_positions(model)
+
+
+def require_positions(model: nn.Module) -> None:
+    """Have a model, or a stage of a pipeline, refuse to be called without positions: it would count each rank's tokens from 0."""
     model.register_forward_pre_hook(_check_positions, with_kwargs=True)
 
 

@@ -177,7 +177,8 @@ def choose_accumulation(
         return "sharded"
     if device.type != "cuda":
         return "unsharded"
-    whole_bytes = 4 * sum(p.numel() for p in model.parameters())
+    # Under tensor parallelism the whole of a gradient is this rank's part of the matrix.
+    whole_bytes = 4 * sum(p.numel() for p in model.parameters()) / parallelism.tensor_parallel_degree
     device_bytes = torch.cuda.get_device_properties(device).total_memory
     return "unsharded" if whole_bytes <= _WHOLE_GRADIENTS_SHARE * device_bytes else "sharded"
 

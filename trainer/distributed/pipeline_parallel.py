@@ -53,10 +53,27 @@ class Activations:
     seq_parts: int = 1
     """Ranks among which a microbatch's hidden states are divided: the tp degree, for its sequence parallelism."""
 
+    def get_shape(self, microbatch: Microbatch) -> tuple[int, int, int]:
+        """Return the shape of those of one microbatch."""
+        batch, seq = microbatch["tokens"].shape
+        return batch, seq // self.seq_parts, self.dim
+
     def allocate(self, microbatch: Microbatch) -> Tensor:
         """Return room for those of one microbatch."""
-        batch, seq = microbatch["tokens"].shape
-        return torch.empty(batch, seq // self.seq_parts, self.dim, dtype=self.dtype, device=self.device)
+        return torch.empty(self.get_shape(microbatch), dtype=self.dtype, device=self.device)
+
+    def check(self, tensor: Tensor, microbatch: Microbatch) -> None:
+        """Check what is to be sent: the receiver, which has made room, would hang or read garbage.
+
+        Raises:
+            ValueError: it is not what the receiver expects.
+        """
+        if tensor.shape != self.get_shape(microbatch) or tensor.dtype != self.dtype:
+            raise ValueError(
+                f"a stage of the pipeline gave hidden states {tuple(tensor.shape)} in {tensor.dtype}, but the next expects "
+                f"{self.get_shape(microbatch)} in {self.dtype}: between blocks a model must keep to (batch, seq, dim) and to "
+                "training.mixed_precision_param"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,6 +160,11 @@ class Pipeline:
         self.policy = policy
         self.splits_backward = splits_backward
         self._timetables: dict[tuple[int, bool], Timetable] = {}
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the last stage is here."""
+        return any(stage.is_last for stage in self.stages.values())
 
     def forward_backward(
         self,
@@ -235,8 +257,8 @@ def build_order(layout: PipelineLayout, n_microbatches: int) -> Order:
 class _Saved(NamedTuple):
     """What the backward pass of one stage and microbatch starts from."""
 
-    input: Tensor
-    output: Tensor
+    input: Tensor | None
+    output: Tensor | None
     gradient: Tensor | None = None
     """Of the output; None for a loss."""
     groups: list[dict[str, Any]] | None = None
@@ -341,17 +363,21 @@ class _Pass:
 
     def _backward(self, stage: Stage, microbatch: int, final: bool) -> None:
         saved = self._saved.pop((stage.index, microbatch))
+        assert saved.output is not None, "no part of it came before"
         gradient = self._take_gradient(stage, microbatch)
         self.policy.prepare(stage.module, reduces=True, final=final)
         torch.autograd.backward(saved.output, gradient)
+        assert saved.input is not None, "no part of it came before"
         self._pass_back(stage, microbatch, saved.input.grad)
 
     def _backward_input(self, stage: Stage, microbatch: int) -> None:
         saved = self._saved[stage.index, microbatch]
+        assert saved.input is not None, "no part of it came before"
+        assert saved.output is not None, "no part of it came before"
         gradient = self._take_gradient(stage, microbatch)
-        edge = get_gradient_edge(saved.output)
-        groups = None
+        after = saved._replace(gradient=gradient)
         if not stage.is_first:
+            edge = get_gradient_edge(saved.output)
             self.policy.prepare(stage.module, reduces=False, final=False)
             # The weights that were used: FSDP has the gathered ones as parameters for as long as they stay gathered.
             (of_input, *_), groups = stage_backward_input(
@@ -362,12 +388,15 @@ class _Pass:
             )
             _check_uses(groups, self.layout)
             self._pass_back(stage, microbatch, of_input)
-        self._saved[stage.index, microbatch] = saved._replace(gradient=gradient, groups=groups, edge=edge)
+            # The gradients of weights need nothing else: hidden states do not wait for them.
+            after = _Saved(None, None, groups=groups, edge=edge)
+        self._saved[stage.index, microbatch] = after
 
     def _backward_weight(self, stage: Stage, microbatch: int, final: bool) -> None:
         saved = self._saved.pop((stage.index, microbatch))
         if stage.is_first:
             # Nothing went ahead: tokens have no gradient.
+            assert saved.output is not None, "nothing went ahead"
             self.policy.prepare(stage.module, reduces=True, final=final)
             torch.autograd.backward(saved.output, saved.gradient)
             return
@@ -406,6 +435,7 @@ class _Pass:
     def _send(self, action: Action) -> None:
         kind = action.kind[-1]
         tensor = self._departing.pop((kind, action.stage, action.microbatch)).contiguous()
+        self.activations.check(tensor, self.microbatches[action.microbatch])
         peer = self.layout.ranks[action.stage + 1 if kind == "F" else action.stage - 1]
         work = dist.isend(tensor, group=self.group, group_dst=peer)
         assert work is not None, "this rank is in the group"

@@ -89,9 +89,13 @@ def _copy_part(module: nn.Module, dropped: Collection[str], prefix: str = "") ->
     """Return a copy of `module` without the dropped modules. The containers of these are copied too, all else is
     shared."""
     part = copy.copy(module)
-    # Tables of children and of hooks are the copy's own; what they hold is shared.
+    # Tables of children and of hooks are the copy's own; what they hold is shared. Buffers are given memory in one place.
     part.__dict__.update(
-        {key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, dict | set)}
+        {
+            key: copy.copy(value)
+            for key, value in vars(module).items()
+            if isinstance(value, dict | set) and key != "_buffers"
+        }
     )
     for name, child in module.named_children():
         full_name = f"{prefix}{name}"
