@@ -33,6 +33,7 @@ from trainer.distributed.compile import apply_compile, compiles_model
 from trainer.distributed.fsdp import apply_data_parallel, choose_accumulation, set_gradient_sync
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.tensor_collectives import TensorAxis, gather_sequence, scatter_sequence
 from trainer.distributed.tensor_parallel import STYLES, Site, apply_tensor_parallel
 from trainer.distributed.weight_init import init_weights
 
@@ -476,3 +477,19 @@ def test_checkpoint_of_fsdp_and_tp_loads_under_fsdp_and_under_tp(ranks: int, arg
         for actual in run_distributed(_load, 2, Case("loaded", 2, tp, args=args), str(tmp_path)):
             assert actual.keys() == expected.keys()
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def _scatter_and_gather_permuted() -> tuple[torch.Tensor, torch.Tensor]:
+    """Collectives of one sequence that lies in memory in another order than its shape says."""
+    axis = TensorAxis.from_group(dist.group.WORLD)
+    whole = torch.arange(24.0).view(1, 6, 4).transpose(1, 2)  # (1, 4, 6)
+    part = scatter_sequence(whole, axis)
+    return part, gather_sequence(part.transpose(1, 2).contiguous().transpose(1, 2), axis)
+
+
+def test_collectives_take_tensors_of_any_layout() -> None:
+    """With one sequence nothing has to move within memory, and torch 2.11 refuses what is not contiguous."""
+    expected = 2 * torch.arange(24.0).view(1, 6, 4).transpose(1, 2)
+    for rank, (part, gathered) in enumerate(run_distributed(_scatter_and_gather_permuted, 2)):
+        torch.testing.assert_close(part, expected[:, 2 * rank : 2 * rank + 2])
+        torch.testing.assert_close(gathered, expected)

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -224,7 +225,9 @@ def test_death_is_told_at_once_by_one_survivor(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 20, "long before any timeout"
     message = get_message(ends)
     assert message.startswith(f"training broke off in step 412: rank 1 (host {HOST}, pid ")
-    assert "died, last seen in backward of step 412. Ranks 0, 2 wait in all_reduce" in message
+    # On a busy machine a rank's report may come after the message, which does not wait for long.
+    waiting = r"died, last seen in backward of step 412\. (Ranks 0, 2 wait|Rank [02] waits) in all_reduce"
+    assert re.search(waiting, message)
     assert [end.exit_code for end in ends] == [1, 9, 1]
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ActivationCheckpointConfig
+from trainer.distributed.sequence_collectives import EXCHANGE_HEADS
 from trainer.distributed.sharded_attention import OPERATION as SHARDED_ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ _KEPT = {
     torch.ops._c10d_functional.all_to_all_single.default,
     flex_attention,
     SHARDED_ATTENTION,
+    EXCHANGE_HEADS,  # but not the gathered keys and values, which are larger by the degree
 }
 
 

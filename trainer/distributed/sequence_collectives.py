@@ -164,3 +164,6 @@ def _exchange_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None
 
 join_sequence.register_autograd(_join_sequence_backward, setup_context=_remember_options)
 exchange_heads.register_autograd(_exchange_heads_backward, setup_context=_remember_options)
+
+EXCHANGE_HEADS = torch.ops.bloomery.exchange_heads.default
+"""The operation, for tables that list some."""

@@ -75,7 +75,7 @@ def all_gather(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
     outer = x.shape[:dim]
     if outer.numel() == 1 and not axis.fusible:
         # Nothing has to move within memory.
-        gathered = _ops.all_gather_into_tensor(x.reshape(x.shape[dim:]), axis.degree, axis.group_name)
+        gathered = _ops.all_gather_into_tensor(x.reshape(x.shape[dim:]).contiguous(), axis.degree, axis.group_name)
         return _ops.wait_tensor(gathered).view(*outer, -1, *x.shape[dim + 1 :])
     gathered = _ops.all_gather_into_tensor(x.contiguous(), axis.degree, axis.group_name)
     return torch.cat(_ops.wait_tensor(gathered).chunk(axis.degree), dim=dim)
@@ -85,7 +85,8 @@ def _reduce_scatter(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
     assert x.shape[dim] % axis.degree == 0, f"{x.shape[dim]} tokens are no multiple of the degree {axis.degree}"
     outer = x.shape[:dim]
     if outer.numel() == 1 and not axis.fusible:
-        scattered = _ops.reduce_scatter_tensor(x.reshape(x.shape[dim:]), "sum", axis.degree, axis.group_name)
+        whole = x.reshape(x.shape[dim:]).contiguous()
+        scattered = _ops.reduce_scatter_tensor(whole, "sum", axis.degree, axis.group_name)
         return _ops.wait_tensor(scattered).view(*outer, -1, *x.shape[dim + 1 :])
     parts = torch.cat(x.chunk(axis.degree, dim=dim))
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", axis.degree, axis.group_name))
