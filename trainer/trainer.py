@@ -338,7 +338,7 @@ class Trainer(AbstractContextManager):
         return build_passes(
             self.model,
             stages,
-            dim=self.model_args.dim,
+            dim=getattr(self.model_args, "dim", None),
             loss_fn=loss_fn,
             dims=self.dims,
             parallelism=config.parallelism,

@@ -116,7 +116,7 @@ def build_passes(
     model: nn.Module,
     stages: Sequence[Stage],
     *,
-    dim: int,
+    dim: int | None,
     loss_fn: LossFunction,
     dims: ParallelDims,
     parallelism: ParallelismConfig,
@@ -126,12 +126,21 @@ def build_passes(
 ) -> Passes:
     """Return the passes of a parallelized model.
 
-    stages: what `trainer.parallelize.parallelize` returned. dim: width of the hidden states. splits_backward: whether a block's
-    backward pass can be done in two parts, which one that is compiled or recomputes its activations cannot.
+    stages: what `trainer.parallelize.parallelize` returned. dim: width of the hidden states, which only a pipeline needs to know.
+    splits_backward: whether a block's backward pass can be done in two parts, which one that is compiled or recomputes its
+    activations cannot.
+
+    Raises:
+        ValueError: a pipeline without `dim`, or one that cannot be run.
     """
     accumulation = choose_accumulation(model, parallelism=parallelism, training=training, device=device)
     pipeline = None
     if stages:
+        if dim is None:
+            raise ValueError(
+                "parallelism.pipeline_parallel_degree > 1 needs the width of the hidden states: give the model's args a `dim`, "
+                "or set the degree to 1"
+            )
         dtype = getattr(torch, training.mixed_precision_param)
         pipeline = build_pipeline(
             stages,
