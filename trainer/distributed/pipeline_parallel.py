@@ -258,7 +258,8 @@ class _Saved(NamedTuple):
     """What the backward pass of one stage and microbatch starts from."""
 
     input: Tensor | None
-    output: Tensor | None
+    output: Tensor | GradientEdge | None
+    """Where the pass begins: the place in the graph is enough, unless it is taken in two parts, which torch wants tensors for."""
     gradient: Tensor | None = None
     """Of the output; None for a loss."""
     groups: list[dict[str, Any]] | None = None
@@ -299,6 +300,7 @@ class _Pass:
         self.stages, self.layout, self.group = pipeline.stages, pipeline.layout, pipeline.group
         self.activations, self.policy = pipeline.activations, pipeline.policy
         self.microbatches = microbatches
+        self.splits_backward = pipeline.splits_backward
         self.loss_fn = loss_fn
         self.divisor = divisor
         self.reduces = reduces
@@ -359,7 +361,9 @@ class _Pass:
         else:
             self._pass_on("F", stage.index, microbatch, output.detach())
         if self.trains:
-            self._saved[stage.index, microbatch] = _Saved(inputs, output)
+            # The tensor itself is the next stage's business: in the graph nothing needs it.
+            begins = output if stage.is_last or self.splits_backward else get_gradient_edge(output)
+            self._saved[stage.index, microbatch] = _Saved(inputs, begins)
 
     def _backward(self, stage: Stage, microbatch: int, final: bool) -> None:
         saved = self._saved.pop((stage.index, microbatch))
@@ -373,7 +377,7 @@ class _Pass:
     def _backward_input(self, stage: Stage, microbatch: int) -> None:
         saved = self._saved[stage.index, microbatch]
         assert saved.input is not None, "no part of it came before"
-        assert saved.output is not None, "no part of it came before"
+        assert isinstance(saved.output, Tensor), "kept for this"
         gradient = self._take_gradient(stage, microbatch)
         after = saved._replace(gradient=gradient)
         if not stage.is_first:
