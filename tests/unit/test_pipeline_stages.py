@@ -249,7 +249,7 @@ def test_distributions_go_by_the_number_in_the_whole_network() -> None:
         assert part.param_inits() == {name: whole[name] for name, _ in part.named_parameters()}
 
 
-def test_stages_share_the_modules_of_the_model_and_nothing_else() -> None:
+def test_stages_share_modules_and_buffers_of_the_model_and_no_hooks() -> None:
     model, stages = split(schedule="Interleaved1F1B")
     for stage in stages:
         own = dict(model.named_modules())
@@ -258,8 +258,9 @@ def test_stages_share_the_modules_of_the_model_and_nothing_else() -> None:
         stage.module.register_forward_hook(lambda *_: None)
     assert not model._forward_hooks
     assert len({id(stage.module.rope) for stage in stages}) == 1
-    model.register_buffer("mine", torch.zeros(1))
-    assert not any("mine" in dict(stage.module.named_buffers()) for stage in stages)
+    model.register_buffer("mine", torch.zeros(1, device="meta"))
+    model._buffers["mine"] = torch.ones(1)  # as buffers of a model on meta are given memory
+    assert all(dict(stage.module.named_buffers())["mine"] == 1 for stage in stages)
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "DualPipeV"])
