@@ -77,7 +77,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "model.print_after_conversion": "there are no conversions yet.",
-    "parallelism.pipeline_parallel_expert_parallel_overlap": "there is no model with experts yet.",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": "there is no expert parallelism yet.",
     "parallelism.expert_parallel_comm_backend": "there is no expert parallelism yet.",
     "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
 }

@@ -1,8 +1,8 @@
 """The collectives of tensor parallelism, with their gradients: of plain tensors, for eager and for compiled code.
 
 Each result is waited for on the spot. An AsyncCollectiveTensor, as torch's functional collectives return it, loses
-`requires_grad` when it enters a compiled block (torch 2.12 and 2.13, pytorch PR 179849), and nothing here could be
-computed in the meantime anyway: what follows a collective needs its result. A GPU's stream waits, not the host.
+`requires_grad` when it enters a compiled block (torch 2.12 and 2.13, pytorch PR 179849), and what follows a
+collective mostly needs its result (not so the sum of a replicated weight's gradient). A GPU's stream waits, not the host.
 
 Letters: B batch, S tokens of all ranks, s = S / degree tokens of one, C columns of all ranks, c columns of one.
 """

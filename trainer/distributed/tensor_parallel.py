@@ -6,8 +6,8 @@ plain tensors: a style makes its module a class of its own, whose forward says w
 
 Why not torch's ParallelStyles: they hand AsyncCollectiveTensors to compiled blocks, which costs those their gradient
 (see `tensor_collectives`); they put DTensors between modules, which each operation pays for; and none of them
-replicates keys and values. Why a class, and no function as `forward` of the instance: torch.compile guards on the
-identity of the latter, and would compile each block anew.
+replicates keys and values. Why a class, and no closure of each instance as its `forward`: torch.compile guards on the
+identity of the latter, and would compile each block anew. A function that all instances share would do as well.
 
 Letters: B batch, S tokens of all ranks, s = S / degree tokens of one, D model width, V vocabulary, v rows of one rank.
 """
