@@ -82,6 +82,8 @@ def attend_plainly(
         ("memory-efficient", torch.bfloat16, (64, 64)),
         ("memory-efficient", torch.float32, (64, 64)),
         ("memory-efficient", torch.float32, (64, 32)),
+        ("memory-efficient", torch.float32, (6, 6)),
+        (None, torch.bfloat16, (20, 12)),
         (None, torch.bfloat16, (128, 128)),
         (None, torch.bfloat16, (192, 128)),
     ],

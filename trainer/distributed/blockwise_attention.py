@@ -80,6 +80,8 @@ class _Kernel(NamedTuple):
     """(grad_out, q, k, v, out, lse, causal, scale) -> dq, dk, dv"""
     needs_one_head_dim: bool = False
     """Whether keys and values must have one head_dim."""
+    alignment: int = 8
+    """What every head_dim must be a multiple of."""
 
 
 def _get_kernel(q: Tensor, v: Tensor) -> _Kernel:
@@ -95,9 +97,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, v_hea
     """
     if device.type != "cuda":
         return "CPU"
-    # SDPA pads heads whose size is no multiple of 8. Here the memory-efficient kernel takes them as they are.
-    if head_dim % 8 or v_head_dim % 8:
-        return "memory-efficient"
+    head_dim, v_head_dim = (_round_up(size, 8) for size in (head_dim, v_head_dim))
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     if hopper and can_use_cudnn_attention(_get_sample(device, dtype, head_dim, v_head_dim)):
         return "cuDNN"
@@ -118,14 +118,20 @@ def _get_sample(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_
 
 
 def _fit(kernel: _Kernel, *tensors: Tensor) -> list[Tensor]:
-    """Return tensors as a kernel takes them: heads first, and with zeros appended where it needs one head_dim for all.
+    """Return tensors as a kernel takes them: heads first, and with zeros appended for a head_dim that it can work on.
 
     tensors: each (B, S, N, H or V) -> (B, N, S, ...)
     """
-    size = max(x.shape[-1] for x in tensors)
-    if kernel.needs_one_head_dim:
-        tensors = tuple(x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors)
-    return [x.transpose(1, 2) for x in tensors]
+    largest = max(x.shape[-1] for x in tensors)
+    fitted = []
+    for x in tensors:
+        size = _round_up(largest if kernel.needs_one_head_dim else x.shape[-1], kernel.alignment)
+        fitted.append((x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))).transpose(1, 2))
+    return fitted
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _no_randomness(q: Tensor, dtype: torch.dtype = torch.int64, *shape: int) -> tuple[Tensor, Tensor]:
@@ -223,5 +229,5 @@ _KERNELS = {
     "cuDNN": _Kernel(_cudnn_forward, _cudnn_backward),
     "flash": _Kernel(_flash_forward, _flash_backward, needs_one_head_dim=True),
     "memory-efficient": _Kernel(_efficient_forward, _efficient_backward),
-    "CPU": _Kernel(_cpu_forward, _cpu_backward, needs_one_head_dim=True),
+    "CPU": _Kernel(_cpu_forward, _cpu_backward, needs_one_head_dim=True, alignment=1),
 }

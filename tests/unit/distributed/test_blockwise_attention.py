@@ -109,7 +109,7 @@ def test_choose_kernel_on_cpu() -> None:
         ((9, 0), torch.bfloat16, (128, 128), {"cuDNN", "flash"}, "cuDNN"),
         ((9, 0), torch.bfloat16, (192, 128), {"cuDNN", "flash"}, "cuDNN"),
         ((9, 0), torch.bfloat16, (192, 128), {"flash"}, "flash"),
-        ((9, 0), torch.bfloat16, (20, 20), {"cuDNN", "flash"}, "memory-efficient"),
+        ((9, 0), torch.bfloat16, (20, 20), {"cuDNN", "flash"}, "cuDNN"),
         ((8, 0), torch.bfloat16, (128, 128), {"cuDNN", "flash"}, "flash"),
         ((9, 0), torch.float32, (128, 128), set(), "memory-efficient"),
     ],
