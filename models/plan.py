@@ -24,6 +24,10 @@ class ParallelPlan:
     stages: tuple[tuple[str, float], ...] = ()
     """What pipeline parallelism may cut between: globs in the order of the forward pass, each with the cost of one of its
     modules, in any unit."""
+    last_stage: tuple[str, ...] = ()
+    """Modules, in the order of `stages`, that must be together in the last stage."""
+    last_stage_copies: tuple[str, ...] = ()
+    """Modules of the first stage, without children, that the last one uses as well: it gets copies, which are kept equal."""
 
     def globs(self) -> Iterator[str]:
         """Yield every glob of the plan."""
@@ -32,6 +36,7 @@ class ParallelPlan:
         yield from self.tp
         yield from filter(None, [self.attention])
         yield from (glob for glob, _ in self.stages)
+        yield from (*self.last_stage, *self.last_stage_copies)
 
     def check(self, names: Collection[str]) -> None:
         """Check the plan against the names of the whole model's modules.

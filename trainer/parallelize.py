@@ -9,7 +9,7 @@ from trainer.distributed.compile import apply_compile, compiles_model
 from trainer.distributed.context_parallel import apply_context_parallel, require_positions
 from trainer.distributed.fsdp import apply_data_parallel
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.distributed.pipeline_stages import Stage, split_into_stages
+from trainer.distributed.pipeline_stages import Stage, separate_copies, split_into_stages
 from trainer.distributed.tensor_parallel import apply_tensor_parallel
 
 
@@ -37,6 +37,7 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
             compiles_blocks=compiles_blocks,
             async_tp=config.parallelism.enable_async_tensor_parallel,
         )
+    separate_copies(model, stages)
     if dims.cp > 1:
         apply_context_parallel(model, plan=plan, mesh=dims.mesh("cp"), parallelism=config.parallelism)
         for stage in stages:

@@ -34,23 +34,6 @@ def find_parallel_model_problems(model: Model, parallelism: ParallelismConfig) -
         yield from _check_context_parallel(model, parallelism)
     if parallelism.pipeline_parallel_degree > 1:
         yield from _check_pipeline_parallel(model, parallelism)
-    yield from _check_prediction_and_balance(model, parallelism)
-
-
-def _check_prediction_and_balance(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
-    """What a loss over several tokens ahead, or over the experts of a sequence, needs in one place."""
-    for key, degree, missing in (
-        (CP, parallelism.context_parallel_degree, "whole sequences"),
-        (PP, parallelism.pipeline_parallel_degree, "all layers"),
-    ):
-        for name in ("mtp_depth", "balance_loss_alpha"):
-            value = getattr(model.args, name, 0)
-            if degree > 1 and value:
-                message = (
-                    f"{key} = {degree}: {model.name} has {name} = {value}, whose loss needs {missing} on one rank. Use 1, or a flavor "
-                    f"with {name} = 0."
-                )
-                yield Problem(message, (key, *_MODEL_KEYS))
 
 
 def _refuse_without_plan(key: str, degree: int, model: Model, attribute: str, instead: str) -> Problem:
@@ -131,7 +114,9 @@ def _check_pipeline_parallel(model: Model, parallelism: ParallelismConfig) -> It
     if n_blocks is None or not _has_schedule(parallelism):
         return
     try:
-        plan_pipeline(parallelism, list_stage_modules(model.plan.stages, blocks=model.plan.blocks, n_blocks=n_blocks))
+        plan = model.plan
+        modules = list_stage_modules(plan.stages, blocks=plan.blocks, n_blocks=n_blocks, last_stage=plan.last_stage)
+        plan_pipeline(parallelism, modules)
     except ValueError as error:
         text = str(error)
         message = text if text.startswith("parallelism.") else f"{PP} = {degree} with {model.name}: {text}"

@@ -30,6 +30,7 @@ from trainer.components.metrics import MetricsLogger, Workload
 from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard
 from trainer.components.optimizer import build_optimizer
 from trainer.components.passes import Passes, build_passes
+from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.validation import Validator
@@ -116,6 +117,13 @@ class Trainer(AbstractContextManager):
             device=self.device,
             force_load_balance=config.debug.moe_force_load_balance,
         )
+        self.prediction_losses = PredictionLosses(
+            self.model,
+            depth=getattr(self.model_args, "mtp_depth", 0),
+            weight=getattr(self.model_args, "mtp_weight", 0.0),
+            sum_over_ranks=self._sum_over_ranks,
+            device=self.device,
+        )
         self.lr_scheduler = build_lr_scheduler(
             self.optimizers, section=config.lr_scheduler, steps=config.training.steps
         )
@@ -186,6 +194,7 @@ class Trainer(AbstractContextManager):
         """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
         self._come_to("data")
         self.optimizers.zero_grad()
+        self.prediction_losses.begin_step()
         position = self.dataloader.position()
         batches = [self._next_batch() for _ in range(self.dataloader.microbatches_per_step)]
         valid_tokens = self._sum_over_ranks(sum_of([self.passes.count_labels(batch) for batch in batches]))
@@ -204,7 +213,10 @@ class Trainer(AbstractContextManager):
         self.checkpointer.maybe_wait_for_staging()
         self.expert_balance.update(skip)
         lr = self.lr_scheduler.get_last_lr()[0]
-        extra = self._get_further_values() if self.metrics.should_log(self.state.step) else {}
+        extra: dict[str, float | Tensor] = {}
+        if self.metrics.should_log(self.state.step):
+            predictions = self.prediction_losses.measure(loss=loss, valid_tokens=valid_tokens)
+            extra = {**self._get_further_values(), **predictions}
         self.optimizers.step(skip)
         self.lr_scheduler.step()
         self.state.tokens_seen = self.metrics.tokens_seen
@@ -338,7 +350,7 @@ class Trainer(AbstractContextManager):
         return build_passes(
             self.model,
             stages,
-            dim=getattr(self.model_args, "dim", None),
+            args=self.model_args,
             loss_fn=loss_fn,
             dims=self.dims,
             parallelism=config.parallelism,

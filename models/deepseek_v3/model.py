@@ -14,11 +14,11 @@ from models.common.feed_forward import FeedForward
 from models.common.init import Init
 from models.common.latent_attention import LatentAttention
 from models.common.moe import ExpertLoad, MoE
+from models.common.multi_token import DepthLoss, shift_ahead
 from models.common.output import LossFunction, Output
 from models.common.rope import RotaryEmbedding, get_yarn_mscale, scale_frequencies_yarn
 from models.common.router import Router
 from models.deepseek_v3.args import DeepSeekV3Args
-from models.deepseek_v3.multi_token import shift_ahead
 
 
 class TransformerBlock(nn.Module):
@@ -55,16 +55,13 @@ class TransformerBlock(nn.Module):
 class PredictionBlock(TransformerBlock):
     """One depth of multi-token prediction (section 2.2): from a token's hidden state one depth before, and the next token."""
 
-    loss_sum: torch.Tensor
-    """0-dim fp32: this depth's loss, summed over this rank's labels since it was last set to zero."""
-
     def __init__(self, args: DeepSeekV3Args, layer: int, rope: RotaryEmbedding) -> None:
         super().__init__(args, layer, rope)
         self.enorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.hnorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.eh_proj = nn.Linear(2 * args.dim, args.dim, bias=False)
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
+        self.depth_loss = DepthLoss()
 
     def forward(  # type: ignore[override]  # it takes one thing more
         self,
@@ -86,7 +83,7 @@ class PredictionBlock(TransformerBlock):
     def init_buffers(self, device: torch.device | str) -> None:
         """Set counts, biases and the sum of losses to zero, on `device`."""
         super().init_buffers(device)
-        self.loss_sum = torch.zeros((), device=device)
+        self.depth_loss.init_buffers(device)
 
 
 class Transformer(nn.Module):
@@ -96,10 +93,10 @@ class Transformer(nn.Module):
     It can be a part of the network, as a stage of a pipeline is. `layers` then has the blocks that are here, under their
     numbers in the whole network, and a module that is elsewhere is None. What comes in and goes out is hidden states,
     where it is not tokens and logits or loss. Blocks from number `n_layers` on are those of multi-token prediction; they
-    need the embeddings and the output in the same part.
+    need the output in the same part, and the embeddings, or a copy of them.
 
     In training each forward pass adds to the counts of its mixtures (`MoE.tokens_per_expert`) and to the losses of multi-token
-    prediction (`PredictionBlock.loss_sum`). The trainer reads them, sums over ranks, calls `Router.update_expert_bias`
+    prediction (`PredictionBlock.depth_loss`). The trainer reads them, sums over ranks, calls `Router.update_expert_bias`
     once an optimizer step, and sets them to zero.
     """
 
@@ -137,8 +134,8 @@ class Transformer(nn.Module):
         `AttentionMask`. With attn_mask_type "block_causal" a missing mask is built from the positions. mtp_tokens,
         mtp_labels: (B, S, M) int64, what `shift_ahead` returns, needed where `inputs` are parts of sequences.
 
-        A part without embeddings takes hidden states (B, S, D); one without output returns them, and `labels` and `loss_fn`
-        are not for it.
+        A part that does not begin with the embeddings takes hidden states (B, S, D) as `inputs`; one without output returns them,
+        and `labels` and `loss_fn` are not for it.
 
         Raises:
             ValueError: more tokens than `max_seq_len`, "block_causal" with neither mask nor positions, or a part that lacks
@@ -150,12 +147,11 @@ class Transformer(nn.Module):
             predictions = []
         elif predictions:
             if mtp_tokens is None or mtp_labels is None:
-                mtp_tokens, mtp_labels = shift_ahead(inputs, labels, depth=len(predictions), positions=positions)
-            # One call of embeddings and output for all depths, so that their weights are gathered and reduced once.
-            inputs, labels = _stack_depths(inputs, mtp_tokens), _stack_depths(labels, mtp_labels)
+                mtp_tokens, mtp_labels = self._shift_ahead(inputs, labels, positions)
+            # One call of the output for all depths, so that its weight is gathered and reduced once.
+            labels = torch.cat((labels, *mtp_labels.unbind(-1)))  # ((1 + M) B, S)
             loss_fn = functools.partial(self._add_losses, loss_fn=loss_fn)
-        h = inputs if self.tok_embeddings is None else self.tok_embeddings(inputs)
-        h, *embeddings = h.chunk(1 + len(predictions)) if predictions else (h,)
+        h, embeddings = self._embed(inputs, mtp_tokens if predictions else None)
         loads = []
         for block in blocks:
             h, load = block(h, positions=positions, mask=mask)
@@ -184,6 +180,33 @@ class Transformer(nn.Module):
             raise ValueError("attn_mask_type 'block_causal' needs positions (0 where a document begins) or a mask")
         return build_document_mask(positions, device_type=positions.device.type)
 
+    def _shift_ahead(
+        self, inputs: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if inputs.is_floating_point():
+            raise ValueError(
+                "multi-token prediction in a part of the network that takes hidden states needs mtp_tokens and mtp_labels"
+            )
+        return shift_ahead(inputs, labels, depth=self.args.mtp_depth, positions=positions)
+
+    def _embed(self, inputs: torch.Tensor, ahead: torch.Tensor | None) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return what the first block here takes, and the embeddings of the tokens ahead, of each depth: (B, S, D) all.
+
+        One call for all of them, so that the weight is gathered and reduced once.
+
+        inputs: tokens (B, S), or hidden states (B, S, D); ahead: (B, S, M)
+        """
+        tokens = [] if inputs.is_floating_point() else [inputs]
+        if ahead is not None:
+            tokens.extend(ahead.unbind(-1))
+        if not tokens:
+            return inputs, ()
+        assert self.tok_embeddings is not None, "a part without embeddings takes hidden states"
+        embeddings = self.tok_embeddings(torch.cat(tokens)).chunk(len(tokens))
+        if inputs.is_floating_point():
+            return inputs, embeddings
+        return embeddings[0], embeddings[1:]
+
     def _list_blocks(self) -> tuple[list[TransformerBlock], list[PredictionBlock]]:
         """Return the blocks of the network that are here, and those of multi-token prediction."""
         blocks: list[TransformerBlock] = []
@@ -208,8 +231,8 @@ class Transformer(nn.Module):
         n_depths = 1 + len(predictions)
         parts = zip(h.chunk(n_depths), labels.chunk(n_depths), strict=True)
         main, *ahead = (loss_fn(part, weight, its_labels) for part, its_labels in parts)
-        for block, loss in zip(predictions, ahead, strict=True):
-            block.loss_sum.add_(loss.detach())
+        for block, loss, its_labels in zip(predictions, ahead, labels.chunk(n_depths)[1:], strict=True):
+            block.depth_loss.add(loss.detach(), its_labels)
         return main + self.args.mtp_weight * torch.stack(ahead).mean()
 
     def _take_loads(self, blocks: list[TransformerBlock], loads: list[ExpertLoad | None]) -> torch.Tensor | None:
@@ -306,11 +329,6 @@ def _build_moe(args: DeepSeekV3Args) -> MoE:
         balance_alpha=args.balance_loss_alpha,
     )
     return MoE(args.dim, args.moe_hidden_dim, router=router, n_shared_experts=args.n_shared_experts)
-
-
-def _stack_depths(first: torch.Tensor, further: torch.Tensor) -> torch.Tensor:
-    """Put the depths of multi-token prediction one after another as one batch. (B, S), (B, S, M) -> ((1 + M) B, S)"""
-    return torch.cat((first, *further.unbind(-1)))
 
 
 def _add_balance_gradient(

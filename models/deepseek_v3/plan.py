@@ -7,13 +7,17 @@ from models.plan import ParallelPlan
 def build_plan(args: DeepSeekV3Args) -> ParallelPlan:
     """Return the plan of one size. The blocks of multi-token prediction are blocks like the others, after them.
 
-    The final norm and the output matrix share a unit, since they are used together.
+    The final norm and the output matrix share a unit, since they are used together. Multi-token prediction uses the output and the
+    embeddings: its blocks are in the last stage of a pipeline, with a copy of the latter.
     """
+    predictions = tuple(f"layers.{args.n_layers + depth}" for depth in range(args.mtp_depth))
     return ParallelPlan(
         fsdp_units=(("tok_embeddings",), ("layers.*",), ("norm", "output")),
         blocks="layers.*",
         attention="layers.*.attention.inner_attention",
         stages=_list_stage_costs(args),
+        last_stage=(*predictions, "output") if predictions else (),
+        last_stage_copies=("tok_embeddings",) if predictions else (),
     )
 
 

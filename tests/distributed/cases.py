@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from models.common.attention import build_document_mask
 from models.llama3.args import LlamaArgs
-from models.llama3.model import Transformer
-from models.llama3.plan import build_plan
+from models.registry import ModelSpec, get_model_spec
 from trainer.components.loss import build_loss
 from trainer.components.passes import build_passes
+from trainer.components.prediction_losses import PredictionLosses
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from trainer.config.schema_training import ModelConfig, TrainingConfig
@@ -50,14 +50,20 @@ class Case:
     tied: bool = False
     documents: bool = False
     """Whether sequences hold several documents, to which attention keeps."""
-    base: LlamaArgs = ARGS
+    base: Any = ARGS
+    """Args of the model. The family is that of their class."""
     tolerance: float = 1e-5
     """Largest relative error, in the 2-norm, of the loss, of each gradient and of each trained parameter."""
 
     @property
-    def args(self) -> LlamaArgs:
+    def args(self) -> Any:
         mask = "block_causal" if self.documents else "causal"
-        return dataclasses.replace(self.base, tie_embeddings=self.tied, attn_mask_type=mask)
+        ties = {"tie_embeddings": True} if self.tied else {}
+        return dataclasses.replace(self.base, attn_mask_type=mask, **ties)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return get_model_spec("llama3" if isinstance(self.base, LlamaArgs) else "deepseek_v3")
 
     @property
     def config(self) -> JobConfig:
@@ -143,12 +149,15 @@ CASES = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave: the loss and the gradient norm of each step, the first step's gradients, the last parameters."""
+    """What a run gave: the loss and the gradient norm of each step, the first step's gradients, the last parameters, and the losses
+    of multi-token prediction in the last step.
+    """
 
     losses: list[float]
     grad_norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    predictions: dict[str, float] = field(default_factory=dict)
 
 
 def run_case(case: Case, device_type: str = "cpu") -> Outcome:
@@ -159,15 +168,15 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
     dims.build_mesh(device_type)
     device = torch.device(device_type, torch.cuda.current_device() if device_type == "cuda" else None)
     with torch.device("meta"):
-        model = Transformer(case.args)
-    stages = parallelize(model, plan=build_plan(case.args), dims=dims, config=config)
+        model = case.spec.load_model_class()(case.args)
+    stages = parallelize(model, plan=case.spec.build_plan(case.args), dims=dims, config=config)
     offloads = config.training.enable_cpu_offload
     init_weights(model, seed=SEED, device="cpu" if offloads else device, buffer_device=device)
     loss_fn = build_loss(chunk_size=7, compilation=config.compile, parallelism=config.parallelism, dims=dims)
     passes = build_passes(
         model,
         stages,
-        dim=case.args.dim,
+        args=case.args,
         loss_fn=loss_fn,
         dims=dims,
         parallelism=config.parallelism,
@@ -175,6 +184,7 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
         splits_backward=config.activation_checkpoint.mode == "none" and not config.compile.enable,
         device=device,
     )
+    prediction_losses = build_prediction_losses(case, model, device, dims.loss_group())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     pp_mesh = dims.mesh("pp") if dims.pp > 1 else None
     losses, grad_norms, gradients = [], [], {}
@@ -182,6 +192,7 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
         batch = {name: tensor.to(device) for name, tensor in _make_named_batch(step, case.documents).items()}
         n_valid = (batch["labels"] >= 0).sum()
         total = torch.zeros((), device=device)
+        prediction_losses.begin_step()
         microbatches = _deal(batch, case.microbatches, dims)
         for i, microbatch in enumerate(microbatches):
             total += passes.forward_backward(microbatch, n_valid, is_last=i == len(microbatches) - 1)
@@ -191,34 +202,59 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
             dist.all_reduce(counted, group=dims.loss_group())
         assert counted == n_valid, "each label counts once"
         losses.append(total.item())
+        predictions = prediction_losses.measure(loss=total, valid_tokens=n_valid)
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         grad_norms.append(clip_grad_norm(model.parameters(), max_norm=0.5, pp_mesh=pp_mesh).item())
         optimizer.step()
         optimizer.zero_grad()
-    return Outcome(losses, grad_norms, gradients, {name: _whole(p) for name, p in model.named_parameters()})
+    parameters = {name: _whole(p) for name, p in model.named_parameters()}
+    return Outcome(losses, grad_norms, gradients, parameters, {key: x.item() for key, x in predictions.items()})
+
+
+def build_prediction_losses(
+    case: Case, model: torch.nn.Module, device: torch.device, group: dist.ProcessGroup | None = None
+) -> PredictionLosses:
+    def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+        if dist.is_initialized():
+            dist.all_reduce(values, group=group)
+        return values
+
+    return PredictionLosses(
+        model,
+        depth=getattr(case.args, "mtp_depth", 0),
+        weight=getattr(case.args, "mtp_weight", 0.0),
+        sum_over_ranks=sum_over_ranks,
+        device=device,
+    )
 
 
 def run_reference(case: Case, device_type: str = "cpu") -> Outcome:
     """Train as plainly as can be: the bare model, the whole batch at once, the loss from all logits, in fp32."""
     with torch.device("meta"):
-        model = Transformer(case.args)
+        model = case.spec.load_model_class()(case.args)
     init_weights(model, seed=SEED, device=device_type)
+    prediction_losses = build_prediction_losses(case, model, torch.device(device_type))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     losses, grad_norms, gradients = [], [], {}
     for step in range(STEPS):
         batch = {name: tensor.to(device_type) for name, tensor in _make_named_batch(step, case.documents).items()}
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
-        mask = build_document_mask(batch["positions"].cpu(), device_type="cpu").to(device_type) if batch else None
-        loss = sum_cross_entropy(model(tokens, **batch, mask=mask), labels) / (labels >= 0).sum()
+        n_labels = (labels >= 0).sum()
+        prediction_losses.begin_step()
+        if batch:
+            batch["mask"] = build_document_mask(batch["positions"].cpu(), device_type="cpu").to(device_type)
+        loss = model(tokens, **batch, labels=labels, loss_fn=summed_loss) / n_labels
         loss.backward()
         losses.append(loss.item())
+        predictions = prediction_losses.measure(loss=loss.detach(), valid_tokens=n_labels)
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
         optimizer.step()
         optimizer.zero_grad()
-    return Outcome(losses, grad_norms, gradients, {name: _whole(p) for name, p in model.named_parameters()})
+    parameters = {name: _whole(p) for name, p in model.named_parameters()}
+    return Outcome(losses, grad_norms, gradients, parameters, {key: x.item() for key, x in predictions.items()})
 
 
 def _make_named_batch(step: int, documents: bool) -> dict[str, torch.Tensor]:
@@ -278,6 +314,7 @@ def assert_equal_outcomes(outcomes: list[Outcome], expected: Outcome, tolerance:
     for rank, actual in enumerate(outcomes):
         assert actual.losses == pytest.approx(expected.losses, rel=tolerance), f"loss on rank {rank}"
         assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance), f"norm on rank {rank}"
+        assert actual.predictions == pytest.approx(expected.predictions, rel=tolerance), f"depths on rank {rank}"
         for kind, names_seen in seen.items():
             tensors, references = getattr(actual, kind), getattr(expected, kind)
             errors = {

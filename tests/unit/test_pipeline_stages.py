@@ -92,6 +92,29 @@ def test_blocks_of_different_cost_are_named_one_by_one() -> None:
     assert count_blocks(cut_by_cost(modules, 2)) == [3, 2]
 
 
+def make_predicting_modules() -> list[StageModule]:
+    """Four blocks, and two of multi-token prediction that must stay with the output."""
+    names = ("tok_embeddings", *(f"layers.{i}" for i in range(4)), "norm", "layers.4", "layers.5", "output")
+    last_stage = ("layers.4", "layers.5", "output")
+    return list_stage_modules([(name, 1.0) for name in names], blocks="layers.*", n_blocks=6, last_stage=last_stage)
+
+
+@pytest.mark.parametrize("n_stages", [2, 3, 4, 5])
+def test_what_the_last_stage_needs_stays_together(n_stages: int) -> None:
+    stages = cut_by_cost(make_predicting_modules(), n_stages)
+    assert len(stages) == n_stages
+    assert stages[-1][-3:] == ["layers.4", "layers.5", "output"]
+
+
+def test_last_stage_that_lacks_what_it_needs_is_refused() -> None:
+    first = ["tok_embeddings", "layers.0", "layers.1", "layers.2", "layers.3", "norm", "layers.4"]
+    section = make_section(module_fqns_per_model_part=[first, ["layers.5", "output"]])
+    with pytest.raises(ValueError, match=r"stage 1: layers.5 needs layers.4 in its stage. Name both in the last"):
+        plan_pipeline(section, make_predicting_modules())
+    with pytest.raises(ValueError, match=r"6 stages need a block each, but the model has 5"):
+        cut_by_cost(make_predicting_modules(), 6)
+
+
 def test_fewer_blocks_than_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"8 stages need a block each, but the model has 6.*lower .*_parallel_degree"):
         plan_pipeline(make_section(4, "Interleaved1F1B"), make_modules(6))

@@ -283,3 +283,9 @@ def test_file_that_is_no_schedule_is_refused_with_its_place(tmp_path: Path, text
 def test_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pipeline_parallel_schedule_csv = .*none.csv: cannot be read: "):
         read_schedule(tmp_path / "none.csv", 2)
+
+
+def test_backward_passes_of_one_stage_are_joined_and_the_others_stay_split() -> None:
+    order = parse("0F0 1F0 1I0 0I0 1W0 0W0")
+    assert show(join_backward(order, [1])) == ["0F0 1F0 1B0 0I0 0W0"]
+    assert show(join_backward(order)) == ["0F0 1F0 1B0 0B0"]

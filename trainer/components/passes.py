@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from models.common.attention import build_document_mask
+from models.common.multi_token import shift_ahead
 from models.common.output import LossFunction
 from trainer.components.loss import IGNORE_INDEX
 from trainer.config.schema_parallel import ParallelismConfig
@@ -35,9 +36,10 @@ class Passes:
         split: SequenceSplit | None = None,
         pipeline: Pipeline | None = None,
         microbatch_size: int = 1,
+        mtp_depth: int = 0,
     ) -> None:
         """loss_fn: summed over valid labels. split: of sequences over the ranks of context parallelism. microbatch_size:
-        sequences in a microbatch of the pipeline.
+        sequences in a microbatch of the pipeline. mtp_depth: further tokens that each predicts in training.
         """
         self.model = model
         self.loss_fn = loss_fn
@@ -46,6 +48,7 @@ class Passes:
         self.split = split
         self.pipeline = pipeline
         self.microbatch_size = microbatch_size
+        self.mtp_depth = mtp_depth
 
     def count_labels(self, batch: Batch) -> Tensor:
         """Return how many labels of a batch count into this rank's losses, 0-dim. Summed over ranks each counts once."""
@@ -60,7 +63,7 @@ class Passes:
         is_last: whether this is the step's last batch.
         """
         if self.pipeline is not None:
-            microbatches = list(self._cut_into_microbatches(batch))
+            microbatches = list(self._cut_into_microbatches(batch, trains=True))
             return self.pipeline.forward_backward(
                 microbatches, loss_fn=self.loss_fn, valid_tokens=valid_tokens, is_last=is_last
             )
@@ -70,16 +73,16 @@ class Passes:
             accumulation=self.accumulation,
             reshard_after_forward=self.reshard_after_forward,
         )
-        loss = self._get_loss(batch) / valid_tokens
+        loss = self._get_loss(batch, trains=True) / valid_tokens
         loss.backward()
         return loss.detach()
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, summed over this rank's labels, and their number, 0-dim each."""
         if self.pipeline is not None:
-            loss = self.pipeline.evaluate(list(self._cut_into_microbatches(batch)), loss_fn=self.loss_fn)
+            loss = self.pipeline.evaluate(list(self._cut_into_microbatches(batch, trains=False)), loss_fn=self.loss_fn)
         else:
-            loss = self._get_loss(batch)
+            loss = self._get_loss(batch, trains=False)
         return loss, self.count_labels(batch)
 
     def reshard(self) -> None:
@@ -88,18 +91,18 @@ class Passes:
         for stage in stages:
             reshard(stage)
 
-    def _get_loss(self, batch: Batch) -> Tensor:
-        inputs = self._get_inputs(batch)
+    def _get_loss(self, batch: Batch, *, trains: bool) -> Tensor:
+        inputs = self._get_inputs(batch, trains)
         return self.model(inputs.pop("tokens"), **inputs, loss_fn=self.loss_fn)
 
-    def _cut_into_microbatches(self, batch: Batch) -> Iterator[dict[str, Any]]:
+    def _cut_into_microbatches(self, batch: Batch, *, trains: bool) -> Iterator[dict[str, Any]]:
         """Yield the inputs of each microbatch of the pipeline. The last may be smaller."""
         rows = self.microbatch_size
         for begin in range(0, batch["tokens"].shape[0], rows):
-            yield self._get_inputs({name: tensor[begin : begin + rows] for name, tensor in batch.items()})
+            yield self._get_inputs({name: tensor[begin : begin + rows] for name, tensor in batch.items()}, trains)
 
-    def _get_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return tokens, labels, positions and mask of this rank's part of a batch."""
+    def _get_inputs(self, batch: Batch, trains: bool) -> dict[str, Any]:
+        """Return tokens, labels, positions and mask of this rank's part of a batch, and in training what is further ahead."""
         positions = batch.get("positions")
         mask = None
         if positions is not None:
@@ -109,14 +112,23 @@ class Passes:
                 else build_document_mask(positions, device_type=positions.device.type)
             )
         local = batch if self.split is None else self.split.split(batch)
-        return {**local, "mask": mask}
+        ahead = self._look_ahead(batch) if trains and self.mtp_depth else {}
+        return {**local, **ahead, "mask": mask}
+
+    def _look_ahead(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what multi-token prediction predicts from what, of this rank's part: from whole sequences, since what is ahead of
+        a part may be another rank's.
+        """
+        whole = shift_ahead(batch["tokens"], batch["labels"], depth=self.mtp_depth, positions=batch.get("positions"))
+        tokens, labels = whole if self.split is None else map(self.split.take, whole)
+        return {"mtp_tokens": tokens, "mtp_labels": labels}
 
 
 def build_passes(
     model: nn.Module,
     stages: Sequence[Stage],
     *,
-    dim: int | None,
+    args: Any,
     loss_fn: LossFunction,
     dims: ParallelDims,
     parallelism: ParallelismConfig,
@@ -126,13 +138,14 @@ def build_passes(
 ) -> Passes:
     """Return the passes of a parallelized model.
 
-    stages: what `trainer.parallelize.parallelize` returned. dim: width of the hidden states, which only a pipeline needs to know.
-    splits_backward: whether a block's backward pass can be done in two parts, which one that is compiled or recomputes its
-    activations cannot.
+    stages: what `trainer.parallelize.parallelize` returned. args: of the model; a pipeline needs their `dim`, the width of the
+    hidden states, and multi-token prediction is told by `mtp_depth`. splits_backward: whether a block's backward pass can be done
+    in two parts, which one that is compiled or recomputes its activations cannot.
 
     Raises:
         ValueError: a pipeline without `dim`, or one that cannot be run.
     """
+    dim = getattr(args, "dim", None)
     accumulation = choose_accumulation(model, parallelism=parallelism, training=training, device=device)
     pipeline = None
     if stages:
@@ -158,4 +171,5 @@ def build_passes(
         split=SequenceSplit.from_config(dims.mesh("cp"), parallelism) if dims.cp > 1 else None,
         pipeline=pipeline,
         microbatch_size=parallelism.pipeline_parallel_microbatch_size,
+        mtp_depth=getattr(args, "mtp_depth", 0),
     )

@@ -1,5 +1,6 @@
 """Which modules of a model make each stage of a pipeline, and which rank has it. No torch: modules go by name."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -35,19 +36,26 @@ class StageModule:
     cost: float
     """In any unit, the same for all modules."""
     is_block: bool
+    is_joined: bool = False
+    """Whether it must be in the stage of the module before it."""
 
 
-def list_stage_modules(stages: Sequence[tuple[str, float]], *, blocks: str, n_blocks: int) -> list[StageModule]:
+def list_stage_modules(
+    stages: Sequence[tuple[str, float]], *, blocks: str, n_blocks: int, last_stage: Sequence[str] = ()
+) -> list[StageModule]:
     """Return the modules that a model may be cut between, in the order of its forward pass.
 
-    stages, blocks: those of the model's plan (`models.plan.ParallelPlan`). A `*` in `stages` stands for the numbers of
-    all blocks; plans whose blocks differ in cost name each.
+    stages, blocks, last_stage: those of the model's plan (`models.plan.ParallelPlan`). A `*` in `stages` stands for the
+    numbers of all blocks; plans whose blocks differ in cost name each.
     """
     block = re.compile(re.escape(blocks).replace(r"\*", r"[^.]+"))
     modules = []
     for glob, cost in stages:
         names = [glob.replace("*", str(number)) for number in range(n_blocks)] if "*" in glob else [glob]
-        modules += [StageModule(name, cost, is_block=block.fullmatch(name) is not None) for name in names]
+        modules += [
+            StageModule(name, cost, is_block=block.fullmatch(name) is not None, is_joined=name in last_stage[1:])
+            for name in names
+        ]
     return modules
 
 
@@ -155,6 +163,11 @@ def _take_named(parts: list[list[str]], modules: Sequence[StageModule]) -> list[
             f"{PARTS}, stage {stage_of[wrong[0]]}: {wrong[0]} comes where {wrong[1]} should. Keep the order of the "
             f"forward pass: {', '.join(names)}."
         )
+    for before, module in itertools.pairwise(modules):
+        if module.is_joined and stage_of[module.name] != stage_of[before.name]:
+            raise ValueError(
+                f"{PARTS}, stage {stage_of[module.name]}: {module.name} needs {before.name} in its stage. Name both in the last."
+            )
     return parts
 
 
@@ -167,7 +180,7 @@ def _cut_by_layers(
 ) -> list[list[str]]:
     """Cut into stages of about so many layers, of which the ends of the model count as many as the section says, else
     none."""
-    layers = [StageModule(module.name, 1.0 if module.is_block else 0.0, module.is_block) for module in modules]
+    layers = [dataclasses.replace(module, cost=1.0 if module.is_block else 0.0) for module in modules]
     layers = _weigh_ends(section, layers)
     n_layers = round(sum(module.cost for module in layers))
 
@@ -201,7 +214,7 @@ def _weigh_ends(section: ParallelismConfig, modules: Sequence[StageModule]) -> l
         if layers is not None:
             for index in its_modules:
                 share = layers * block_cost / len(its_modules)
-                weighed[index] = StageModule(modules[index].name, share, is_block=False)
+                weighed[index] = dataclasses.replace(modules[index], cost=share)
     return weighed
 
 
@@ -211,7 +224,7 @@ def cut_by_cost(modules: Sequence[StageModule], n_stages: int) -> list[list[str]
     Raises:
         ValueError: fewer blocks than stages.
     """
-    blocks = [index for index, module in enumerate(modules) if module.is_block]
+    blocks = [index for index, module in enumerate(modules) if module.is_block and not module.is_joined]
     if len(blocks) < n_stages:
         raise ValueError(
             f"{n_stages} stages need a block each, but the model has {len(blocks)}. Make fewer stages: lower {DEGREE}, "

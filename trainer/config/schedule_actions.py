@@ -7,7 +7,7 @@ its weights.
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,10 +95,21 @@ def build_forward_order(stage_ranks: Sequence[int], n_microbatches: int) -> Orde
     ]
 
 
-def join_backward(order: Order) -> Order:
-    """Return the order with whole backward passes in place of their parts for inputs, without those for weights."""
+def join_backward(order: Order, stages: Container[int] | None = None) -> Order:
+    """Return the order with whole backward passes in place of their parts for inputs, without those for weights.
+
+    stages: whose; by default all.
+    """
+
+    def is_meant(action: Action) -> bool:
+        return stages is None or action.stage in stages
+
     return [
-        [action._replace(kind="B") if action.kind == "I" else action for action in actions if action.kind != "W"]
+        [
+            action._replace(kind="B") if action.kind == "I" and is_meant(action) else action
+            for action in actions
+            if action.kind != "W" or not is_meant(action)
+        ]
         for actions in order
     ]
 

@@ -1,7 +1,10 @@
 """Context parallelism: each rank holds a part of every sequence, and attends to the tokens of all.
 
 Whatever works token by token needs nothing: the weights are the same on all ranks (FSDP shards them over these ranks, too) and
-their gradients add up. Attention is replaced, by one of three methods (`parallelism.context_parallel_method`):
+their gradients add up. What looks at whole sequences is told of the others' tokens: multi-token prediction by the batch
+(`trainer.components.passes`), and the sequence-wise balance loss of a router by a sum of its counts over the ranks. Its other
+factor is a sum over tokens, which add up like any loss. Attention is replaced, by one of three methods
+(`parallelism.context_parallel_method`):
 
 - allgather and ring, for causal attention: `sharded_attention` tells how. With a document mask, allgather brings the keys and
   values together in their order, and this rank's queries attend to them under their rows of the mask, in one call.
@@ -11,6 +14,7 @@ their gradients add up. Attention is replaced, by one of three methods (`paralle
 Everything is made of plain tensors: no DTensor, and no asynchronous collective's result, enters or leaves a block.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +24,10 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.common.attention import AttentionMask
+from models.common.router import Router
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ParallelismConfig
-from trainer.distributed.sequence_collectives import exchange_heads, join_sequence
+from trainer.distributed.sequence_collectives import exchange_heads, join_sequence, sum_counts
 from trainer.distributed.sequence_split import is_balanced
 from trainer.distributed.sharded_attention import GATHERED, RING_GATHERED, RING_PASSED_ON, sharded_attention
 
@@ -33,7 +38,8 @@ Forward = Callable[..., torch.Tensor]
 def apply_context_parallel(
     model: nn.Module, *, plan: ParallelPlan, mesh: DeviceMesh, parallelism: ParallelismConfig
 ) -> None:
-    """Have the plan's attention modules attend over the ranks of `mesh` (1-D), in place. Before AC, compilation and FSDP.
+    """Have the plan's attention modules attend, and routers count, over the ranks of `mesh` (1-D), in place. Before AC, compilation
+    and FSDP.
 
     Afterwards the model takes this rank's tokens, as `SequenceSplit.split` gives them: with their positions, which it now
     insists on, and with the mask of `SequenceSplit.build_mask`, if there are documents.
@@ -51,6 +57,10 @@ def apply_context_parallel(
     for name in match_modules(plan.attention, modules):
         # One function for all layers: a compiled block's code is shared by those whose functions are the same.
         modules[name].forward = types.MethodType(forward, modules[name])
+    sum_over_ranks = functools.partial(sum_counts, group_name=mesh.get_group().group_name)
+    for module in modules.values():
+        if isinstance(module, Router):
+            module.sum_over_sequence = sum_over_ranks
     require_positions(model)
 
 

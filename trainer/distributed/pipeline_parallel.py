@@ -36,6 +36,7 @@ from trainer.config.schedule_actions import (
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.distributed.fsdp import Accumulation
 from trainer.distributed.pipeline_stages import Stage
+from trainer.distributed.stage_copies import StageCopies
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,8 @@ class Pipeline:
         self.activations = activations
         self.policy = policy
         self.splits_backward = splits_backward
+        self._copies = StageCopies(stages, group=group)
+        self._begins_step = True
         self._timetables: dict[tuple[int, bool], Timetable] = {}
 
     @property
@@ -184,9 +187,15 @@ class Pipeline:
             ValueError: the schedule cannot run with so many microbatches.
         """
         timetable = self._get_timetable(len(microbatches), forward_only=False)
-        return _Pass(self, microbatches, loss_fn, valid_tokens, reduces=is_last).run(
+        if self._begins_step:
+            self._copies.refresh()
+        self._begins_step = is_last
+        loss = _Pass(self, microbatches, loss_fn, valid_tokens, reduces=is_last).run(
             timetable.actions[self.group.rank()]
         )
+        if is_last:
+            self._copies.hand_over_gradients()
+        return loss
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], *, loss_fn: LossFunction) -> Tensor:
@@ -205,7 +214,11 @@ class Pipeline:
                 order = build_forward_order(self.layout.ranks, n_microbatches)
             else:
                 order = build_order(self.layout, n_microbatches)
-                order = order if self.splits_backward else join_backward(order)
+                if not self.splits_backward:
+                    order = join_backward(order)
+                elif self._copies.exist:
+                    # The last stage uses a weight in several places (`_check_uses`): the output's, for each depth of its loss.
+                    order = join_backward(order, [len(self.layout.stages) - 1])
             self._timetables[key] = build_timetable(order)
             if not forward_only:
                 logger.info(
@@ -354,6 +367,8 @@ class _Pass:
         inputs = tokens if stage.is_first else self._take("F", stage.index, microbatch).requires_grad_(self.trains)
         if stage.is_last:
             batch |= {"labels": labels, "loss_fn": self.loss_fn}
+        elif self.divisor is not None and hasattr(stage.module, "loss_gradient"):
+            stage.module.loss_gradient = self.divisor.reciprocal()
         output = stage.module(inputs, **batch)
         if stage.is_last:
             output = output if self.divisor is None else output / self.divisor

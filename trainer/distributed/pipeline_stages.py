@@ -4,13 +4,15 @@ What is asked of a model, besides a plan with `stages`: a module that the plan n
 the container that holds it, another by being None. `forward(inputs, *, labels, loss_fn, ...)` then runs what is there:
 without its first module it takes hidden states (batch, seq, dim) for tokens, without its last it returns them and gets
 neither labels nor loss_fn. The other arguments (positions, mask) go to every stage. `param_inits` lists the parameters
-that are there.
+that are there. A model with a loss beside the one of its output, made anywhere in it, has an attribute `loss_gradient`: a
+stage that is not the last finds there what all losses are multiplied with, and adds that loss's gradient itself.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 
 from models.plan import ParallelPlan, match_modules
@@ -27,6 +29,8 @@ class Stage:
     """The part of the model. Its children are those of the model, the same objects."""
     layout: PipelineLayout
     """The whole pipeline."""
+    copied: tuple[str, ...] = ()
+    """Modules of the first stage of which the last one has copies (`models.plan.ParallelPlan.last_stage_copies`)."""
 
     @property
     def is_first(self) -> bool:
@@ -46,20 +50,48 @@ def split_into_stages(
 
     Names stay, so that optimizer, checkpoints and first weights go by `model` as ever; its own forward is not for use
     any more. Techniques that change modules may go by `model` or by the stages, but what hooks into a whole (FSDP's
-    root) goes by the stages.
+    root) goes by the stages. Copies of modules that the plan wants in the last stage stay in `model` until `separate_copies`.
 
     Raises:
         ValueError: such stages cannot be made, or the schedule cannot run them; `plan_pipeline` has the rules.
     """
     n_blocks = len(match_modules(plan.blocks, [name for name, _ in model.named_modules()]))
-    modules = list_stage_modules(plan.stages, blocks=plan.blocks, n_blocks=n_blocks)
+    modules = list_stage_modules(plan.stages, blocks=plan.blocks, n_blocks=n_blocks, last_stage=plan.last_stage)
     layout = plan_pipeline(parallelism, modules)
     units = {module.name for module in modules}
     _check_whole(model, units)
-    kept = {index: set(layout.stages[index]) for index in layout.stages_of(rank)}
-    stages = [Stage(index, _copy_part(model, units - names), layout) for index, names in kept.items()]
+    last = len(layout.stages) - 1
+    kept = {
+        index: {*layout.stages[index], *(plan.last_stage_copies if index == last else ())}
+        for index in layout.stages_of(rank)
+    }
+    stages = [
+        Stage(index, _copy_part(model, units - names), layout, plan.last_stage_copies) for index, names in kept.items()
+    ]
     _drop(model, units.difference(*kept.values()))
     return stages
+
+
+def separate_copies(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Take the last stage's copies of modules out of `model`, which is left with parameters of its own alone.
+
+    After tensor parallelism, which goes by `model`, and before data parallelism, which goes by the stages.
+    """
+    for stage in stages:
+        for name in stage.copied if stage.is_last else ():
+            if any(other.is_first for other in stages):
+                setattr(stage.module, name, _copy_leaf(model.get_submodule(name)))
+            else:
+                _drop(model, [name])
+
+
+def _copy_leaf(module: nn.Module) -> nn.Module:
+    """Return a copy of a module without children, with parameters of its own, on the meta device as they are."""
+    assert not list(module.children()), "only modules without children are copied"
+    part = _copy_part(module, ())
+    for name, parameter in module.named_parameters(recurse=False):
+        part._parameters[name] = nn.Parameter(torch.empty_like(parameter.detach()), parameter.requires_grad)
+    return part
 
 
 def _check_whole(model: nn.Module, units: Collection[str]) -> None:

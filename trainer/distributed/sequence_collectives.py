@@ -149,6 +149,19 @@ def _(x: Tensor, group_name: str, to_heads: bool) -> Tensor:
     return x.new_empty(batch, seq // ranks, heads * ranks, head_dim)
 
 
+@torch.library.custom_op("bloomery::sum_counts", mutates_args=())
+def sum_counts(counts: Tensor, group_name: str) -> Tensor:
+    """Return the sum over all ranks, of whatever shape. No gradient passes."""
+    total = counts.clone()
+    dist.all_reduce(total, group=get_group(group_name))
+    return total
+
+
+@sum_counts.register_fake
+def _(counts: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(counts)
+
+
 def _remember_options(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, *ctx.options = inputs
 
@@ -165,5 +178,6 @@ def _exchange_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None
 join_sequence.register_autograd(_join_sequence_backward, setup_context=_remember_options)
 exchange_heads.register_autograd(_exchange_heads_backward, setup_context=_remember_options)
 
+SUM_COUNTS = torch.ops.bloomery.sum_counts.default
 EXCHANGE_HEADS = torch.ops.bloomery.exchange_heads.default
-"""The operation, for tables that list some."""
+"""Operations, for tables that list some."""

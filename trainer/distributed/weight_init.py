@@ -50,7 +50,7 @@ def init_weights(
     initializable = cast(Initializable, model)
     inits = initializable.param_inits()
     named = _match(model, inits)
-    _materialize(model, device, buffer_device)
+    materialize(model, device, buffer_device)
     for name, parameter in named.items():
         _fill(parameter, inits[name], f"{seed}/{name}")
     initializable.init_buffers(buffer_device)
@@ -73,7 +73,7 @@ def _match(model: nn.Module, inits: Mapping[str, Fill]) -> dict[str, nn.Paramete
     return matched
 
 
-def _materialize(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
     """Give parameters and buffers uninitialized memory. Shared parameters stay shared, unlike in `Module.to_empty`."""
     for parameter in model.parameters():
         if parameter.device != device:

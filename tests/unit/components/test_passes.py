@@ -62,12 +62,24 @@ def test_model_gets_a_mask_of_documents() -> None:
     assert mask[0, 0, 4].tolist() == [False, False, False, True, True, False, False, False]
 
 
+def test_tokens_ahead_are_found_in_whole_sequences() -> None:
+    """Rank 1 has the tokens 2 to 5; what comes after 5 is rank 0's."""
+    model = Recorder()
+    passes = make_passes(model, split=SequenceSplit(1, 2, balanced=True), mtp_depth=2)
+    batch = {"tokens": torch.arange(8).unsqueeze(0), "labels": LABELS}
+    passes.forward_backward(batch, torch.tensor(3), is_last=True)
+    assert model.kwargs["mtp_tokens"].tolist() == [[[3, 4], [4, 5], [5, 6], [6, 7]]]
+    assert model.kwargs["mtp_labels"].tolist() == [[[4, 5], [5, 6], [6, -100], [-100, -100]]]
+    passes.evaluate(batch)
+    assert "mtp_tokens" not in model.kwargs, "validation is of the next token alone"
+
+
 def test_pipeline_of_a_model_of_unknown_width_is_refused() -> None:
     with pytest.raises(ValueError, match="pipeline_parallel_degree > 1 needs the width"):
         build_passes(
             nn.Linear(2, 2),
             [object()],  # type: ignore[list-item]  # it is not looked at
-            dim=None,
+            args=None,
             loss_fn=lambda *_: torch.zeros(()),
             dims=ParallelDims(world_size=1),
             parallelism=ParallelismConfig(),

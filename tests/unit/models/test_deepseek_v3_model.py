@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from models.common.attention import build_document_mask
 from models.common.init import Init
 from models.common.moe import MoE
+from models.common.multi_token import IGNORE_INDEX
 from models.deepseek_v3.args import DeepSeekV3Args
 from models.deepseek_v3.model import Transformer
-from models.deepseek_v3.multi_token import IGNORE_INDEX
 
 ARGS = DeepSeekV3Args(
     dim=32,
@@ -169,7 +169,7 @@ def test_state_dict_holds_biases_but_no_counts() -> None:
     assert saved == {f"layers.{i}.moe.router.expert_bias" for i in (1, 2, 3)}
     assert buffers - saved == {
         "rope.table",
-        "layers.3.loss_sum",
+        *(f"layers.3.depth_loss.{name}" for name in ("total", "n_labels")),
         *(f"layers.{i}.moe.tokens_per_expert" for i in (1, 2, 3)),
     }
 
@@ -254,7 +254,8 @@ def test_counts_add_up_in_training_only_and_once_under_recomputation(recomputes:
     counts = [moe.tokens_per_expert.clone() for moe in list_mixtures(model)]
     assert [count.sum().item() for count in counts] == [2 * 2 * 32 * ARGS.top_k] * 3
     assert len({tuple(count.tolist()) for count in counts}) == 3
-    assert model.layers["3"].loss_sum > 0
+    assert model.layers["3"].depth_loss.total > 0
+    assert model.layers["3"].depth_loss.n_labels == 2 * 2 * 30
     with torch.no_grad():
         model.eval()(tokens, labels=make_labels(tokens), loss_fn=sum_loss)
     assert all(torch.equal(moe.tokens_per_expert, c) for moe, c in zip(list_mixtures(model), counts, strict=True))

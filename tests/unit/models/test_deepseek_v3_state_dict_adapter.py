@@ -215,7 +215,7 @@ def test_multi_token_prediction_equals_theirs(tmp_path: Path) -> None:
         main = sum_loss(theirs(tokens).logits, labels)
         total = ours(tokens, labels=labels, loss_fn=lambda h, w, y: sum_loss(h @ w.t(), y))
     torch.testing.assert_close(total, main + 0.3 * torch.stack(losses).mean(), rtol=1e-6, atol=0)
-    own = torch.stack([ours.layers[str(layer)].loss_sum for layer in (3, 4)])
+    own = torch.stack([ours.layers[str(layer)].depth_loss.total for layer in (3, 4)])
     torch.testing.assert_close(own, torch.stack(losses), rtol=1e-6, atol=0)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from models.common.multi_token import IGNORE_INDEX, shift_ahead
 from models.deepseek_v3.model import Transformer
-from models.deepseek_v3.multi_token import IGNORE_INDEX, shift_ahead
 from tests.unit.models.test_deepseek_v3_model import (
     ARGS,
     DOCUMENTS,
@@ -70,7 +70,7 @@ def test_multi_token_prediction_equals_reference_with_gradients(mtp_depth: int) 
     main, *ahead = predict_plainly(model, tokens, labels)
     expected = main + 0.4 / mtp_depth * sum(ahead)
     torch.testing.assert_close(loss, expected)
-    own = [model.layers[str(ARGS.n_layers + k)].loss_sum for k in range(mtp_depth)]
+    own = [model.layers[str(ARGS.n_layers + k)].depth_loss.total for k in range(mtp_depth)]
     torch.testing.assert_close(own, [x.detach() for x in ahead])
     assert_same_gradients(get_gradients(loss, model), get_gradients(expected, model))
 
