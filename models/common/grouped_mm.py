@@ -57,3 +57,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 _grouped_mm.register_autograd(_backward, setup_context=_save)
+
+GROUPED_MM = torch.ops.bloomery.grouped_mm.default
+GROUPED_MM_BACKWARD = torch.ops.bloomery.grouped_mm_backward.default
+"""Operations, for tables that list some."""

@@ -2,6 +2,9 @@
 
 A block is checkpointed by replacing its `forward`, so that module and parameter names stay as they are, in checkpoints, in
 optimizer patterns and in this program's own globs.
+
+The choice of experts is kept in every mode. Made again from scores that a fused kernel, or one chosen anew, rounds in another way,
+it could differ: gradients would be those of other experts, and exchanges between ranks of other sizes.
 """
 
 import functools
@@ -16,18 +19,30 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from models.common.grouped_mm import GROUPED_MM
+from models.common.router import Router
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ActivationCheckpointConfig
-from trainer.distributed.sequence_collectives import EXCHANGE_HEADS
+from trainer.distributed.flop_formulas import register_flop_formulas
+from trainer.distributed.sequence_collectives import EXCHANGE_HEADS, SUM_COUNTS
 from trainer.distributed.sharded_attention import OPERATION as SHARDED_ATTENTION
 
 logger = logging.getLogger(__name__)
 
-# Matmuls, of which every second is kept: they cost the most time to recompute, and the most memory to keep.
-_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
+# Matmuls, of which every second is kept: they cost the most time to recompute, and the most memory to keep. With the way to
+# the matrix from their second argument, transposed where it goes in as it is stored: (..., in, out).
+_MATMULS: dict[Any, Callable[[torch.Size], tuple[int, ...]]] = {
+    torch.ops.aten.mm.default: tuple,
+    torch.ops.aten._scaled_mm.default: tuple,
+    torch.ops.aten._grouped_mm.default: tuple,
+    GROUPED_MM: lambda shape: _transpose(shape),
+}
+
+# What decides which experts work on which token, and numbers that all ranks had to meet for.
+_CHOICES = {torch.ops.aten.topk.default, SUM_COUNTS}
 
 # Kept always: attention and communication cost much time for the size of what they return. The maximum is that of float8
-# scaling: one number that cost a pass over a tensor. The choice of experts, made again, could come out another way.
+# scaling: one number that cost a pass over a tensor.
 _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -35,13 +50,18 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten.max.default,
-    torch.ops.aten.topk.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     flex_attention,
     SHARDED_ATTENTION,
     EXCHANGE_HEADS,  # but not the gathered keys and values, which are larger by the degree
+    *_CHOICES,
 }
+
+_SMALLEST_BUDGET = 1e-9
+
+Contexts = Callable[[], tuple]
+"""Makes the contexts of one forward pass and of its recomputation."""
 
 
 def apply_activation_checkpoint(
@@ -63,6 +83,7 @@ def apply_activation_checkpoint(
         return
     if section.mode == "memory_budget":
         _set_memory_budget(section, compiles_blocks, dump_folder)
+        _keep_choices(model)
         return
     modules = dict(model.named_modules())
     names = match_modules(plan.blocks, modules)
@@ -73,7 +94,10 @@ def apply_activation_checkpoint(
     checkpointed = [name for place, name in enumerate(names) if (_get_number(name, place) + 1) % every == 0]
     for name in checkpointed:
         block = modules[name]
-        contexts = _get_selective_contexts(block, section) if by_operation else None
+        if by_operation:
+            contexts = _get_selective_contexts(block, section)
+        else:
+            contexts = _build_contexts(CheckpointPolicy.PREFER_RECOMPUTE) if _has_router(block) else None
         block.forward = _checkpointed(block.forward, section, contexts)
     logger.debug("activation checkpointing of %d of %d blocks", len(checkpointed), len(names))
 
@@ -94,7 +118,7 @@ def _parse_every(option: str) -> int:
 
 
 def _checkpointed(
-    forward: Callable[..., Any], section: ActivationCheckpointConfig, contexts: Callable[[], tuple] | None
+    forward: Callable[..., Any], section: ActivationCheckpointConfig, contexts: Contexts | None
 ) -> Callable[..., Any]:
     options: dict[str, Any] = {
         "use_reentrant": False,
@@ -113,13 +137,33 @@ def _checkpointed(
     return checkpointed_forward
 
 
-def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfig) -> Callable[[], tuple]:
+def _has_router(block: nn.Module) -> bool:
+    return any(isinstance(module, Router) for module in block.modules())
+
+
+def _build_contexts(otherwise: CheckpointPolicy) -> Contexts:
+    """Return the contexts that keep choices. otherwise: what becomes of all else."""
+
+    def decide(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _CHOICES else otherwise
+
+    return functools.partial(create_selective_checkpoint_contexts, decide)
+
+
+def _keep_choices(model: nn.Module) -> None:
+    """Forbid the compiler to make choices again, whatever else it recomputes."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            contexts = _build_contexts(CheckpointPolicy.PREFER_SAVE)
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfig) -> Contexts:
     """Return the contexts of one forward and its recomputation: which operations' results to keep."""
     recomputed_shapes = {
-        tuple(reversed(_get_local_shape(module.weight)))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-        and any(part in name for part in section.per_op_sac_force_recompute_mm_shapes_by_fqns)
+        _transpose(_get_local_shape(parameter))
+        for name, parameter in block.named_parameters()
+        if parameter.dim() > 1 and any(part in name for part in section.per_op_sac_force_recompute_mm_shapes_by_fqns)
     }
 
     def get_contexts() -> tuple:
@@ -127,7 +171,7 @@ def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfi
         matmuls = {False: 0, True: 0}
 
         def decide(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            if op in _MATMULS and tuple(args[1].shape) not in recomputed_shapes:
+            if op in _MATMULS and _MATMULS[op](args[1].shape) not in recomputed_shapes:
                 matmuls[ctx.is_recompute] += 1
                 if matmuls[ctx.is_recompute] % 2 == 1:
                     return CheckpointPolicy.MUST_SAVE
@@ -136,6 +180,11 @@ def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfi
         return create_selective_checkpoint_contexts(decide)
 
     return get_contexts
+
+
+def _transpose(shape: torch.Size) -> tuple[int, ...]:
+    *groups, rows, columns = shape
+    return *groups, columns, rows
 
 
 def _get_local_shape(weight: torch.Tensor) -> torch.Size:
@@ -156,7 +205,9 @@ def _set_memory_budget(
         raise ValueError(f"activation_checkpoint.memory_budget = {section.memory_budget} must lie between 0 and 1")
     import torch._functorch.config as functorch_config
 
-    functorch_config.activation_memory_budget = section.memory_budget
+    register_flop_formulas()
+    # Of 0 the compiler would make an exception, and recompute even what it must not.
+    functorch_config.activation_memory_budget = max(section.memory_budget, _SMALLEST_BUDGET)
     if section.visualize_memory_budget_pareto:
         folder = Path(dump_folder or ".") / "memory_budget_pareto"
         folder.mkdir(parents=True, exist_ok=True)
