@@ -17,14 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = [
-    "torch",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "torch.nn.attention.flex_attention",
-    "torch._dynamo",
-]
+_PRELOAD = ["tests.distributed.preload"]
 
 # Read before any test hides the GPUs from the programs that it starts, of which the fork server may be one.
 _VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,0 +1,21 @@
+"""What the fork server imports before it forks ranks: all that a rank would otherwise import for itself, each anew.
+
+The compiler alone takes 1.5 s of a core. torch imports it when it is first used, so that it has to be named here.
+"""
+
+import gc
+
+import pytest  # noqa: F401
+import torch._dynamo.backends.debugging
+import torch._inductor.compile_fx
+import torch._inductor.debug
+import torch.distributed.tensor.experimental  # noqa: F401
+
+import tests.distributed.cases
+import tests.distributed.training  # noqa: F401
+import trainer.train
+import trainer.trainer  # noqa: F401
+
+# Else each rank's first collection of garbage writes to, and so copies, every page that it shares with the others.
+gc.collect()
+gc.freeze()
