@@ -185,7 +185,8 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
         device=device,
     )
     prediction_losses = build_prediction_losses(case, model, device, dims.loss_group())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    # The program's default, and a quarter of an eager case's time less than op by op.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=True)
     pp_mesh = dims.mesh("pp") if dims.pp > 1 else None
     losses, grad_norms, gradients = [], [], {}
     for step in range(STEPS):
