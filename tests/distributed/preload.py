@@ -23,6 +23,7 @@ def _start_compiler() -> None:
     with torch.no_grad():
         torch.compile(torch.nn.functional.silu, backend="aot_eager")(torch.zeros(1))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 _start_compiler()
