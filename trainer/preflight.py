@@ -199,12 +199,27 @@ def _find_args(config: JobConfig) -> tuple[Any, list[Problem]]:
         if config.experimental.custom_import:
             return None, []
         return None, [Problem(f"{key} = {getattr(config.model, key[6:])}: {_sentence(error)}", (key,))]
+    changes = config.model.get_changes()
+    unknown = [name for name in changes if not hasattr(args, name)]
+    if unknown:
+        return None, [_refuse_change(name, changes[name], config) for name in unknown]
     keys = ("model.name", "model.flavor", "model.attn_mask_type", "training.seq_len", "validation.seq_len")
+    keys += tuple(f"model.{name}" for name in changes)
     seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
     try:
-        return dataclasses.replace(args, max_seq_len=seq_len, attn_mask_type=config.model.attn_mask_type), []
+        changed = dataclasses.replace(args, max_seq_len=seq_len, attn_mask_type=config.model.attn_mask_type, **changes)
+        return changed, []
     except ValueError as error:
         return None, [Problem(f"model.name = {config.model.name}: {_sentence(error)}", keys)]
+
+
+def _refuse_change(name: str, value: Any, config: JobConfig) -> Problem:
+    key = f"model.{name}"
+    message = (
+        f"{key} = {value}: the models of model.name = {config.model.name} have nothing of this kind. Leave it out, or take "
+        "deepseek_v3."
+    )
+    return Problem(message, (key, "model.name"))
 
 
 def _check_args(args: Any, config: JobConfig) -> Iterator[Problem]:

@@ -325,7 +325,10 @@ class Trainer(AbstractContextManager):
         spec = get_model_spec(config.model.name)
         seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
         args = dataclasses.replace(
-            spec.get_args(config.model.flavor), max_seq_len=seq_len, attn_mask_type=config.model.attn_mask_type
+            spec.get_args(config.model.flavor),
+            max_seq_len=seq_len,
+            attn_mask_type=config.model.attn_mask_type,
+            **config.model.get_changes(),
         )
         with torch.device("meta"):
             model = spec.load_model_class()(args)

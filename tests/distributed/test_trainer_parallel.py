@@ -85,7 +85,10 @@ def test_checkpoint_goes_on_under_other_parallelisms(
 
 # --- mixtures of experts ---
 
-EXPERTS = ["--model.name=bloomlet_experts", "--debug.seed=3", "--checkpoint.enable", "--validation.enable"]
+EXPERTS = [
+    *("--model.name=bloomlet_experts", "--model.mtp_depth=1", "--model.balance_loss_alpha=0.01"),
+    *("--debug.seed=3", "--checkpoint.enable", "--validation.enable"),
+]
 EXPERTS_SPREAD = {
     "fsdp": (2, []),
     "hsdp": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
@@ -114,9 +117,24 @@ def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, 
     assert validation[0] == pytest.approx(validation[1], rel=1e-5)
     here = [name for name in run.lines()[0] if name.startswith("experts/layers.")]
     assert here
-    for key in (*here, "experts/max_over_mean", "experts/entropy"):
+    for key in (*here, "experts/max_over_mean", "experts/entropy", "mtp/main_loss", "mtp/loss_1"):
         assert run.curve(key) == pytest.approx(whole.curve(key), rel=1e-5), key
     assert run.curve("experts/dropped") == [0.0] * 7
+
+
+def test_resume_with_multi_token_prediction_is_bitwise(one_process_with_experts: Run, run: Run) -> None:
+    """The last stage's copy of the embeddings is no part of the checkpoint."""
+    options = [*EXPERTS, PP, "--training.local_batch_size=4"]
+    expected = assert_succeeded(run(2, *options, keep=(7,)))
+    curves = [run.curve(), run.curve("mtp/loss_1")]
+    assert curves[0] == pytest.approx(one_process_with_experts.curve(), rel=1e-5)
+    for step in (6, 7):
+        shutil.rmtree(run.checkpoints / f"step-{step}")
+    accounts = assert_succeeded(run(2, *options, keep=(7,)))
+    assert sorted(accounts[0].sequences) == [5, 6, 7]
+    assert [run.curve(), run.curve("mtp/loss_1")] == curves
+    for account, reference in zip(accounts, expected, strict=True):
+        assert_equal_states(account, reference, 7)
 
 
 def test_experts_bias_moves_and_is_resumed(one_process_with_experts: Run, run: Run) -> None:

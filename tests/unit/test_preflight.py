@@ -85,6 +85,15 @@ def test_module_in_a_package_is_found_without_importing_the_package(monkeypatch,
     assert "no such module" in problem
 
 
+@pytest.mark.parametrize("change", ["mtp_depth=1", "mtp_weight=0.1", "balance_loss_alpha=1e-4"])
+def test_change_of_the_flavor_is_refused_where_the_model_has_nothing_of_the_kind(change):
+    (problem,) = problems_of(f"--model.{change}")
+    name, _, value = change.partition("=")
+    assert problem.startswith(f"model.{name} = {float(value):g}: ")
+    assert "the models of model.name = llama3 have nothing of this kind" in problem
+    assert problems_of(f"--model.{change}", "--model.name=deepseek_v3") == []
+
+
 def test_vocabulary_smaller_than_the_tokenizers_is_refused(monkeypatch):
     small = {"tiny": dataclasses.replace(FLAVORS["debugmodel"], vocab_size=100)}
     spec = dataclasses.replace(registry.get_model_spec("llama3"), name="small", flavors=small)

@@ -1,7 +1,7 @@
 """Sections about the model, the data and the optimization. See `schema.py`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,17 @@ class ModelConfig:
     """Print the model after the conversions."""
     attn_mask_type: Literal["causal", "block_causal"] = "causal"
     """block_causal keeps attention, positions and labels inside each document."""
+    mtp_depth: int | None = None
+    """Further tokens that each token predicts in training (multi-token prediction). null: as the flavor says."""
+    mtp_weight: float | None = None
+    """Weight of the mean of their losses. null: as the flavor says."""
+    balance_loss_alpha: float | None = None
+    """Weight of the sequence-wise auxiliary loss of a mixture of experts. null: as the flavor says."""
+
+    def get_changes(self) -> dict[str, Any]:
+        """Return what is to differ from the flavor's args, by name."""
+        values = {name: getattr(self, name) for name in ("mtp_depth", "mtp_weight", "balance_loss_alpha")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -101,7 +102,7 @@ def test_memory_budget_does_not_choose_again(budget: float) -> None:
     def record(kind: str) -> Any:
         def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
             graphs[kind].update(node.target for node in graph.graph.nodes)
-            return graph.forward
+            return make_boxed_func(graph.forward)
 
         return compiler
 
