@@ -203,8 +203,8 @@ def _find_args(config: JobConfig) -> tuple[Any, list[Problem]]:
     unknown = [name for name in changes if not hasattr(args, name)]
     if unknown:
         return None, [_refuse_change(name, changes[name], config) for name in unknown]
-    keys = ("model.name", "model.flavor", "model.attn_mask_type", "training.seq_len", "validation.seq_len")
-    keys += tuple(f"model.{name}" for name in changes)
+    given = [f"model.{name}" for name in changes]
+    keys = ("model.name", "model.flavor", "model.attn_mask_type", "training.seq_len", "validation.seq_len", *given)
     seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
     try:
         changed = dataclasses.replace(args, max_seq_len=seq_len, attn_mask_type=config.model.attn_mask_type, **changes)

@@ -199,10 +199,10 @@ def describe_attention_kernel(
 def get_slow_attention_reason(description: str, device: torch.device | str) -> str | None:
     """Return why the kernel of `describe_attention_kernel` is a slow one on this device, and the remedy; None if it is not."""
     backend = description.partition(":")[0]
+    if torch.device(device).type != "cuda":
+        return None  # the CPU's fused kernel wants keys and values of one size, which latent attention has not: nothing to be done
     if backend == "math":
         return "it holds all scores in memory; a fused kernel needs bf16 or fp16 and a head_dim of at most 128"
-    if torch.device(device).type != "cuda":
-        return None
     if backend == "memory-efficient":
         return "the fused kernels were refused; they need training.mixed_precision_param = bfloat16 and head_dim <= 128"
     # FlashAttention-3 kernels carry the architecture in their name; those of torch's own FlashAttention-2 do not.

@@ -73,7 +73,6 @@ CASES = [
     case("pp_1f1b", pipeline("1F1B")),
     case("pp_1f1b_accumulation", pipeline("1F1B", fsdp_accumulation="sharded"), microbatches=2, documents=True),
     case("pp_1f1b_ac_op", pipeline("1F1B"), SHALLOW, activation_checkpoint=AC_OP),
-    case("pp_gpipe_compile", pipeline("GPipe"), SHALLOW, compile=EAGER_COMPILE),
     # Four stages, of which the last has both depths: one block each is left for the others.
     *(case(f"pp_{s}", pipeline(s)) for s in ("Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")),
     case("pp_dualpipev_bf16", pipeline("DualPipeV"), ALL_CHOSEN, training=BF16, tolerance=4e-2),

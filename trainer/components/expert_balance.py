@@ -1,5 +1,6 @@
 """Keep the experts of a mixture evenly busy, and tell how busy they are."""
 
+import logging
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from models.common.moe import MoE
 from trainer.distributed.parallel_dims import ParallelDims
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertBalance:
@@ -25,10 +28,12 @@ class ExpertBalance:
         groups: list[dist.ProcessGroup],
         pp_group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
+        is_forced: bool = False,
     ) -> None:
         """layers: by name. bias_update_speed: what a bias moves in a step. groups: over which counts are added up. pp_group:
-        stages of the pipeline, which have other layers.
+        stages of the pipeline, which have other layers. is_forced: whether tokens are dealt out in turn.
         """
+        self.is_forced = is_forced
         self.pp_group = pp_group
         self.device = torch.device(device)
         self.layers = layers
@@ -81,7 +86,7 @@ class ExpertBalance:
         if worst is None:
             return {}
         values = {"experts/max_over_mean": worst[0], "experts/entropy": -worst[1], "experts/dropped": worst[2]}
-        if any(mixture.router.force_load_balance for mixture in self.layers.values()):
+        if self.is_forced:
             values["experts/forced_balance"] = torch.ones(())
         return values | by_layer
 
@@ -97,12 +102,18 @@ def build_expert_balance(
     layers = {name.removesuffix(".moe"): module for name, module in model.named_modules() if isinstance(module, MoE)}
     for mixture in layers.values():
         mixture.router.force_load_balance = force_load_balance
-    axes = ["fsdp", *(["dp_replicate"] if dims.dp_replicate > 1 else [])] if dims.has_mesh else []
     has_experts = getattr(args, "n_experts", 0) > 0
+    if has_experts and force_load_balance:
+        logger.warning(
+            "debug.moe_force_load_balance = true deals tokens out to the experts in turn: a benchmark, and no training",
+            extra={"same_on_all_ranks": True},
+        )
+    axes = ["fsdp", *(["dp_replicate"] if dims.dp_replicate > 1 else [])] if dims.has_mesh else []
     return ExpertBalance(
         layers,
         bias_update_speed=getattr(args, "bias_update_speed", 0.0),
         groups=[dims.mesh(axis).get_group() for axis in axes],
         pp_group=dims.mesh("pp").get_group() if has_experts and dims.pp > 1 else None,
         device=device,
+        is_forced=has_experts and force_load_balance,
     )

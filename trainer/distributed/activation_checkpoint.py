@@ -94,10 +94,11 @@ def apply_activation_checkpoint(
     checkpointed = [name for place, name in enumerate(names) if (_get_number(name, place) + 1) % every == 0]
     for name in checkpointed:
         block = modules[name]
+        contexts: Contexts | None = None
         if by_operation:
             contexts = _get_selective_contexts(block, section)
-        else:
-            contexts = _build_contexts(CheckpointPolicy.PREFER_RECOMPUTE) if _has_router(block) else None
+        elif _has_router(block):
+            contexts = _build_contexts(CheckpointPolicy.PREFER_RECOMPUTE)
         block.forward = _checkpointed(block.forward, section, contexts)
     logger.debug("activation checkpointing of %d of %d blocks", len(checkpointed), len(names))
 
@@ -152,10 +153,10 @@ def _build_contexts(otherwise: CheckpointPolicy) -> Contexts:
 
 def _keep_choices(model: nn.Module) -> None:
     """Forbid the compiler to make choices again, whatever else it recomputes."""
-    for module in model.modules():
-        if isinstance(module, Router):
-            contexts = _build_contexts(CheckpointPolicy.PREFER_SAVE)
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)
+    contexts = _build_contexts(CheckpointPolicy.PREFER_SAVE)
+    routers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.forward = functools.partial(checkpoint, router.forward, use_reentrant=False, context_fn=contexts)
 
 
 def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfig) -> Contexts:

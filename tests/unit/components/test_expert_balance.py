@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from models.common.moe import MoE
@@ -86,6 +87,13 @@ def test_forced_balance_is_set_on_the_routers_and_labelled() -> None:
     assert load.layers["layers.3"].router.force_load_balance
     load.update(RUN)
     assert load.measure()["experts/forced_balance"] == 1.0
+
+
+def test_forced_balance_is_labelled_by_a_stage_of_dense_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank writes the metrics, and its stage of a pipeline may have no experts."""
+    monkeypatch.setattr(dist, "all_reduce", lambda worst, **_: worst.fill_(1.0))
+    stage = ExpertBalance({}, bias_update_speed=SPEED, groups=[], pp_group=object(), is_forced=True)  # type: ignore[arg-type]
+    assert stage.measure()["experts/forced_balance"] == 1.0
 
 
 def test_model_without_experts_has_nothing_to_do() -> None:
