@@ -57,16 +57,27 @@ def apply_context_parallel(
     for name in match_modules(plan.attention, modules):
         # One function for all layers: a compiled block's code is shared by those whose functions are the same.
         modules[name].forward = types.MethodType(forward, modules[name])
-    sum_over_ranks = functools.partial(sum_counts, group_name=mesh.get_group().group_name)
     for module in modules.values():
         if isinstance(module, Router):
-            module.sum_over_sequence = sum_over_ranks
+            module.sum_over_sequence = _sum_further(module.sum_over_sequence, mesh.get_group().group_name)
     require_positions(model)
 
 
 def require_positions(model: nn.Module) -> None:
     """Have a model, or a stage of a pipeline, refuse to be called without positions: it would count each rank's tokens from 0."""
     model.register_forward_pre_hook(_check_positions, with_kwargs=True)
+
+
+@functools.cache
+def _sum_further(
+    inner: Callable[[torch.Tensor], torch.Tensor], group_name: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what sums counts over a group after `inner`, a sum over the ranks of tensor parallelism, say. One for all layers."""
+
+    def sum_over_sequence(counts: torch.Tensor) -> torch.Tensor:
+        return sum_counts(inner(counts), group_name)
+
+    return sum_over_sequence
 
 
 def _build_forward(group_name: str, parallelism: ParallelismConfig) -> Forward:
