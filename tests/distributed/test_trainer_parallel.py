@@ -7,7 +7,8 @@ import torch
 
 from tests.distributed.training import Run, assert_equal_states, assert_succeeded
 
-COMMON = ["--model.flavor=deep", "--debug.seed=3", "--checkpoint.enable", "--validation.enable"]
+COMMON = ["--model.flavor=deep", "--training.global_batch_size=4", "--debug.seed=3", "--checkpoint.enable"]
+COMMON += ["--validation.enable"]
 TP = "--parallelism.tensor_parallel_degree=2"
 CP = "--parallelism.context_parallel_degree=2"
 PP = "--parallelism.pipeline_parallel_degree=2"
