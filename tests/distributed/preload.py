@@ -26,7 +26,8 @@ def _start_compiler() -> None:
     torch._dynamo.utils.counters.clear()
 
 
-_start_compiler()
+if torch.version.cuda is None:  # the compiler would ask for devices, and CUDA does not outlive a fork
+    _start_compiler()
 # Else each rank's first collection of garbage writes to, and so copies, every page that it shares with the others.
 gc.collect()
 gc.freeze()
