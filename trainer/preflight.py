@@ -11,7 +11,7 @@ from models.registry import get_model_spec
 from trainer.components.data.sources import check_source_path, get_source_spec
 from trainer.components.tokenizer import build_tokenizer
 from trainer.config.errors import ConfigError, Problem
-from trainer.config.fields import suggest
+from trainer.config.fields import get_value, suggest
 from trainer.config.manager import DEFAULT, LoadedConfig
 from trainer.config.schema import JobConfig
 from trainer.config.schema_training import TrainingConfig, ValidationConfig
@@ -79,6 +79,7 @@ def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
     yield from _check_custom_import(config)
     yield from _check_optimizer(config)
     yield from _check_data_sets(config)
+    yield from _check_stores(config)
     args, problems = _find_args(config)
     yield from problems
     if args is not None:
@@ -186,6 +187,20 @@ def find_preflight_warnings(config: JobConfig) -> Iterator[Problem]:
                 "done before. Set data.streaming = true to begin at once."
             )
             yield Problem(message, (*data_set.keys, "data.streaming"))
+
+
+def _check_stores(config: JobConfig) -> Iterator[Problem]:
+    """Stores whose package is not installed, or that nothing knows."""
+    for key in ("checkpoint.remote_folder", "checkpoint.initial_load_path"):
+        url = get_value(config, key) or ""
+        if "://" not in url:
+            continue
+        import fsspec  # late: it takes a while, and few runs need it
+
+        try:
+            fsspec.get_filesystem_class(url.partition("://")[0])
+        except (ImportError, ValueError) as error:
+            yield Problem(f"{key} = {url}: {_sentence(error)}", (key,))
 
 
 def _find_args(config: JobConfig) -> tuple[Any, list[Problem]]:

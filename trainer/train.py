@@ -55,6 +55,7 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
     # Late: importing torch takes seconds, and no answer above needs it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from trainer.components.metric_writers import WANDB_NAMES
     from trainer.distributed.watchdog import Watchdog
     from trainer.trainer import Launch, Trainer
 
@@ -62,7 +63,8 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
         rank=rank,
         local_rank=int(environment.get("LOCAL_RANK", 0)),
         world_size=world_size,
-        wandb_variables={name: value for name, value in environment.items() if name.startswith("WANDB_")},
+        # Not the API key, which the package reads for itself: what is here may end up in a report.
+        wandb_variables={name: environment[name] for name in WANDB_NAMES if name in environment},
     )
 
     @record  # torchrun's closing report names the rank that failed first, with its traceback

@@ -34,6 +34,7 @@ from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.validation import Validator
+from trainer.config.changes import describe_settings
 from trainer.config.schema import JobConfig
 from trainer.distributed.blockwise_attention import choose_kernel
 from trainer.distributed.compile import compiles_model
@@ -66,14 +67,22 @@ class TrainState:
     """Optimizer steps taken, skipped ones included."""
     tokens_seen: int = 0
     """Tokens in the batches so far, over all ranks."""
+    elapsed_seconds: float = 0.0
+    """Time from the first step to the last checkpoint, without the time between a stop and a resume. The same on all ranks."""
+    nonfinite: NonFiniteGuard | None = None
+    """Counts steps that were left out."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters."""
-        return dataclasses.asdict(self)
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("step", "tokens_seen", "elapsed_seconds")}
+        return state if self.nonfinite is None else {**state, "nonfinite": self.nonfinite.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the counters."""
+        """Set the counters. The first checkpoints had fewer."""
         self.step, self.tokens_seen = int(state["step"]), int(state["tokens_seen"])
+        self.elapsed_seconds = float(state.get("elapsed_seconds", 0.0))
+        if self.nonfinite is not None and "nonfinite" in state:
+            self.nonfinite.load_state_dict(state["nonfinite"])
 
 
 class Trainer(AbstractContextManager):
@@ -86,7 +95,8 @@ class Trainer(AbstractContextManager):
         self.launch = launch
         self.dump_folder = Path(config.job.dump_folder)
         self.seed = config.debug.seed or 0
-        self.state = TrainState()
+        self.nonfinite = self._build_nonfinite_guard()
+        self.state = TrainState(nonfinite=self.nonfinite)
         self.dims = ParallelDims.from_config(config.parallelism, launch.world_size)
         self.device = _use_device(launch.local_rank)
         set_determinism(debug=config.debug, seed=self.seed, rank=launch.rank)
@@ -128,7 +138,6 @@ class Trainer(AbstractContextManager):
             self.optimizers, section=config.lr_scheduler, steps=config.training.steps
         )
         self.checkpointer = self._build_checkpointer()
-        self.nonfinite = self._build_nonfinite_guard()
         self.metrics = self._build_metrics()
         self.validator = self._build_validator()
         self.profiler = build_profiler(
@@ -142,6 +151,7 @@ class Trainer(AbstractContextManager):
             # All ranks stop at the same step. A save in the background is of a step before: it is worth waiting for.
             with contextlib.suppress(RuntimeError):  # it has told why it failed
                 self.checkpointer.close()
+        self.checkpointer.release_folder()
         self.garbage_collection.close()
         self.dataloader.close()
         if self.validation_loader is not None:
@@ -174,7 +184,8 @@ class Trainer(AbstractContextManager):
     def _take_steps(self) -> None:
         """Take the steps that are left, with what is due after each."""
         steps = self.config.training.steps
-        self.metrics.begin(step=self.state.step, tokens_seen=self.state.tokens_seen)
+        state = self.state
+        self.metrics.begin(step=state.step, tokens_seen=state.tokens_seen, elapsed_seconds=state.elapsed_seconds)
         if self.state.step >= steps:
             logger.info(
                 "nothing is left to do: step %d is done, and training.steps = %d. Raise it to go on, or choose another "
@@ -270,15 +281,33 @@ class Trainer(AbstractContextManager):
             self._settle_nonfinite()
             self.watchdog.progress(step, "checkpoint")
             with self.metrics.pause():
+                self.state.elapsed_seconds = self._agree_on_elapsed_seconds()
                 self.checkpointer.save(step, last)
-            self.metrics.event("checkpoint", step, quiet=True)
+        self._report_saves()
         # Only then: a pause waits for the device, and would leave it idle between any two steps.
         with self.metrics.pause() if self.profiler.is_due(step) else contextlib.nullcontext():
             self.profiler.step(step)
         self.garbage_collection.step(step)
 
+    def _agree_on_elapsed_seconds(self) -> float:
+        """Return the same time on all ranks: what differs by rank could not be resumed on another number of them."""
+        elapsed = torch.tensor(self.metrics.get_elapsed_seconds(), dtype=torch.float32, device=self.device)
+        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+        return elapsed.item()
+
+    def _report_saves(self) -> None:
+        """Note the saves that have ended, in the background too: what each cost, or that it failed."""
+        for report in self.checkpointer.take_reports():
+            values = {"saved_step": report.step, "seconds": report.seconds, "stall_seconds": report.stall_seconds}
+            if report.error:
+                self.metrics.event("checkpoint_failed", self.state.step, quiet=True, **values, error=report.error)
+            else:
+                values["gib"] = report.size / 2**30
+                self.metrics.event("checkpoint", self.state.step, quiet=True, **values)
+
     def _finish(self) -> None:
         self.checkpointer.close()
+        self._report_saves()
         section = self.config.checkpoint
         self.metrics.close(checkpoint=self.dump_folder / section.folder if section.enable else None)
 
@@ -371,7 +400,14 @@ class Trainer(AbstractContextManager):
             "dataloader": self.dataloader,
             "train_state": self.state,
         }
-        return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder)
+        training = self.config.training
+        batch = (
+            training.global_batch_size
+            if training.global_batch_size > 0
+            else training.local_batch_size * self.dims.dp_degree
+        )
+        settings = describe_settings(self.config, self.model_args, global_batch_size=batch)
+        return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder, settings=settings)
 
     def _build_nonfinite_guard(self) -> NonFiniteGuard:
         training, rank = self.config.training, self.launch.rank

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import RankFailedError, run_distributed
+from trainer.components import checkpoint_checksums as checksums
 from trainer.components import checkpoint_files as files
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.lr_scheduler import build_lr_scheduler
@@ -203,13 +205,68 @@ def save_with_an_error_on_one_rank(folder: str, section: CheckpointConfig, where
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["writing", "collecting"])
 def test_error_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, mode, where):
-    messages = run_distributed(
-        save_with_an_error_on_one_rank, 2, str(tmp_path), replace(SECTION, async_mode=mode), where
-    )
+    section = replace(SECTION, async_mode=mode, max_failed_saves=0)
+    messages = run_distributed(save_with_an_error_on_one_rank, 2, str(tmp_path), section, where)
     assert messages[0] == messages[1]
     assert "rank 1" in messages[0]
     assert "No space left on device" in messages[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def fail_and_go_on(folder: str) -> list[int]:
+    """Rank 1 cannot write for two saves, and training goes on; return the steps that are there after each save."""
+    run = Run(folder, replace(SECTION, async_mode="async", interval=1, max_failed_saves=2))
+    assert run.manager._writer_ranks.group is not run.manager._ranks.group, "two threads on one group would mix"
+    write, there = dcp.FileSystemWriter.write_data, []
+
+    def fail_at_first(*args, **kwargs):
+        if run.position.value in (1, 2):
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
+
+    if dist.get_rank() == 1:
+        dcp.FileSystemWriter.write_data = fail_at_first
+    for _ in range(4):
+        run.step(1)
+        run.manager.wait()
+        there.append(len(files.list_steps(Path(folder))))
+        dist.barrier()
+    run.manager.close()
+    return there
+
+
+def test_failing_saves_are_counted_alike_on_all_ranks(tmp_path):
+    assert run_distributed(fail_and_go_on, 2, str(tmp_path)) == [[0, 0, 1, 2]] * 2
+    assert files.list_steps(tmp_path) == [3, 4]
+
+
+def load_and_note_what_is_read(folder: str) -> tuple[int | None, list[str], dict[str, torch.Tensor]]:
+    """Return the step, the files whose checksum this rank took, and the weights."""
+    read: list[str] = []
+
+    def note(path: Path, pool):
+        read.append(f"{path.parent.name}/{path.name}")
+        return sum_file(path, pool)
+
+    sum_file, checksums.sum_file = checksums.sum_file, note
+    run = Run(folder, SECTION, seed=3)
+    return run.manager.load(), read, run.tensors()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_file_is_verified_by_one_rank_and_all_fall_back_together(tmp_path, world_size):
+    saved = run_distributed(train_and_save, 2, str(tmp_path), SECTION, False)[0]
+    shutil.copytree(tmp_path / "step-2", tmp_path / "step-4")
+    damaged = tmp_path / "step-4" / "__1_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    results = run_distributed(load_and_note_what_is_read, world_size, str(tmp_path))
+    names = [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    everything = sorted(f"{step}/{name}" for step in ("step-2", "step-4") for name in names)
+    assert sorted(name for _, read, _ in results for name in read) == everything
+    assert [f"{step}/__1_0.distcp" for step in ("step-4", "step-2")] == results[1][1]
+    for step, _, loaded in results:
+        assert step == 2
+        assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
 
 
 def load_a_missing_step(folder: str) -> str:

@@ -42,7 +42,11 @@ def test_run_writes_metrics_curves_and_summary_and_learns(run: Run) -> None:
         assert line["tokens_per_second"] > 0
         assert 0 <= line["data_wait"] <= 1
     assert [line["step"] for line in run.lines("validation")] == [10, 20, 25]
-    assert [line["step"] for line in run.lines("checkpoint")] == [*range(2, 25, 2), 25]
+    saves = run.lines("checkpoint")
+    assert [line["saved_step"] for line in saves] == [line["step"] for line in saves] == [*range(2, 25, 2), 25]
+    assert all(0 < line["stall_seconds"] <= line["seconds"] and line["gib"] > 0 for line in saves)
+    elapsed = run.curve("elapsed_seconds")
+    assert 0 < elapsed[0] < elapsed[-1]
     (end,) = run.lines("end")
     assert (end["first_loss"], end["last_loss"], end["tokens_seen"]) == (losses[0], losses[-1], 25 * 512)
     assert list((run.dump_folder / "tb").glob("events.out.tfevents.*"))
@@ -139,6 +143,8 @@ def test_run_with_more_steps_goes_on(run: Run) -> None:
     (account,) = assert_succeeded(run(1, CHECKPOINTS, "--training.steps=5"))
     assert sorted(account.sequences) == [4, 5]
     assert [line["step"] for line in run.lines()] == [1, 2, 3, 4, 5]
+    elapsed = run.curve("elapsed_seconds")
+    assert elapsed == sorted(elapsed), "it goes on where it stopped"
 
 
 def test_seed_checkpoint_gives_its_weights_to_another_run(run: Run) -> None:
@@ -355,6 +361,16 @@ def test_skip_policy_stops_after_too_many_in_a_row(run: Run) -> None:
         assert "nonfinite_max_skips = 2" in account.error
     assert [line["step"] for line in run.lines("skip")] == [2, 4, 5]
     assert not (run.checkpoints / "step-6").exists()
+
+
+def test_skipped_steps_are_counted_across_a_resume(run: Run) -> None:
+    """A batch that fails again after each restart must not be skipped for ever."""
+    options = ["--training.nonfinite_policy=skip", "--training.nonfinite_max_skips=2", CHECKPOINTS]
+    assert_succeeded(run(1, *options, "--training.steps=4", fault=Fault(steps=(3, 4))))
+    (account,) = run(1, *options, fault=Fault(steps=(5, 6)))
+    assert account.error.startswith("NonFiniteError: step 5: ")
+    assert "3 steps in a row were skipped" in account.error
+    assert [line["skipped"] for line in run.lines("skip")] == [1, 2]
 
 
 # --- configuration ---

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from tests.distributed.harness import run_distributed
 from trainer.components import checkpoint_files
 from trainer.components.checkpoint_files import write_manifest
 
+SECRETS = {name: f"hush-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+"""In the environment of every run."""
 USER_MODULE = "tests.distributed.user_module"
 
 CONFIG = f"""
@@ -153,7 +156,7 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None) -> Acc
         write_manifest(*args)
 
     probe = _make_probe(account, keep, fault if fault is not None and fault.rank == rank else None)
-    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), **SECRETS}
     with (
         tempfile.TemporaryFile("w+") as stdout,
         tempfile.TemporaryFile("w+") as stderr,
@@ -162,6 +165,7 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None) -> Acc
         mock.patch.object(trainer_module, "init_process_group"),
         mock.patch.object(dist, "destroy_process_group"),
         mock.patch.object(checkpoint_files, "write_manifest", write_manifest_slowly),
+        mock.patch.dict(os.environ, SECRETS),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):

@@ -52,6 +52,10 @@ def test_optimizer_names_are_those_of_the_table():
         (["--model.hf_assets_path=/no/where"], ["model.hf_assets_path = /no/where", "does not exist"]),
         (["--experimental.custom_import=no.such.module"], ["no.such.module", "PYTHONPATH"]),
         (["--experimental.custom_import=.relative"], ["no such module"]),
+        (
+            ["--checkpoint.enable", "--checkpoint.remote_folder=s4://bucket/run"],
+            ["checkpoint.remote_folder = s4://bucket/run", "Protocol not known: s4"],
+        ),
     ],
 )
 def test_name_or_path_that_does_not_exist_is_refused(argv, expected):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.training import USER_MODULE, Run
+from tests.distributed.training import SECRETS, USER_MODULE, Run
 from trainer import train
 from trainer.config.manager import load_config
 from trainer.config.schema import JobConfig
@@ -108,6 +108,25 @@ def test_run_can_be_started_again_from_what_it_wrote_down(tmp_path):
     run.dump_folder = tmp_path / "second"
     assert run.curve() == losses
     assert all(value.equal(first.states[3][name]) for name, value in second.states[3].items())
+
+
+def test_secrets_of_the_environment_are_written_nowhere(tmp_path):
+    run = Run(tmp_path)
+    everything = [
+        "--checkpoint.enable",
+        "--metrics.enable_tensorboard",
+        "--job.print_config",
+        "--job.save_config_file=x",
+    ]
+    everything += ["--profiling.enable_profiling", "--profiling.profile_freq=2", "--profiling.profiler_warmup=0"]
+    (good,) = run(1, *everything, "--training.steps=2")
+    (bad,) = run(1, *everything, "--training.steps=4", "--training.max_norm=0.5")
+    assert (good.exit_code, "allow_config_change" in bad.error) == (0, True)
+    written = [path for path in run.dump_folder.rglob("*") if path.is_file()]
+    assert {"config.toml", "checkpoint.json", "metrics.jsonl"} <= {path.name for path in written}
+    told = [path.read_bytes() for path in written]
+    told += [text.encode() for account in (good, bad) for text in (account.stdout, account.stderr, account.error)]
+    assert not any(secret.encode() in text for text in told for secret in SECRETS.values())
 
 
 def without_config_file(config: JobConfig) -> JobConfig:

@@ -9,60 +9,29 @@ any rank are raised on all.
 import datetime
 import logging
 import platform
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.stateful import Stateful
 
 from trainer.components import checkpoint_files as files
+from trainer.components.checkpoint_lock import FolderLock
 from trainer.components.checkpoint_ranks import Ranks
-from trainer.components.checkpoint_read import MODEL, RNG, CheckpointReader
+from trainer.components.checkpoint_read import CheckpointReader
+from trainer.components.checkpoint_remote import RemoteFolder
 from trainer.components.checkpoint_staging import PinnedStager, build_stager
-from trainer.components.checkpoint_state import ModelState, RngState, is_plain, merge_plain
+from trainer.components.checkpoint_state import MODEL, RNG, ModelState, RngState, is_plain, merge_plain
+from trainer.components.checkpoint_write import CheckpointWriter, Save, SaveReport, in_thread
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class SaveReport:
-    """What a finished save cost."""
-
-    step: int
-    size: int
-    """Bytes on disk."""
-    seconds: float
-    """From the call of `save` until the checkpoint was whole."""
-    stall_seconds: float
-    """Part of that during which training stood still on rank 0."""
-
-
-@dataclass
-class _Save:
-    """A save that is going on."""
-
-    step: int
-    manifest: dict[str, Any]
-    started: float
-    """On the clock of `time.perf_counter`."""
-    stall_seconds: float = 0.0
-    staged: Future | None = None
-    """The copy of the tensors, where it is made in the background: training may not change them before it is done."""
-    finished: Future | None = None
-    """Done when the checkpoint is whole on all ranks, or has failed on all."""
 
 
 class CheckpointManager:
@@ -75,6 +44,8 @@ class CheckpointManager:
         after `maybe_wait_for_staging`. The random number generators are added here, as `rng`.
     section: the settings.
     folder: where the checkpoints of this run are kept.
+    settings: all settings of the run by dotted key, as JSON holds them (`config.changes.describe_settings`). They are kept
+        in each checkpoint, and compared with those in the one that the run goes on from.
     timeout_seconds: longest that ranks wait for each other: the time that writing or reading a checkpoint may take.
 
     Constructing, loading and saving are collective: every rank does them, in the same order.
@@ -86,9 +57,10 @@ class CheckpointManager:
         *,
         section: CheckpointConfig,
         folder: Path,
+        settings: Mapping[str, Any] | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
-        """Raises ValueError if `exclude_from_loading` names a state that there is not."""
+        """Raises ValueError if `exclude_from_loading` names a state that there is not, or another run uses the folder."""
         assert MODEL in states, "a checkpoint needs a model"
         assert RNG not in states, f"{RNG} is handled by the manager"
         # DCP says on every call that it works without a process group.
@@ -100,18 +72,32 @@ class CheckpointManager:
             name: ModelState(state) if isinstance(state, nn.Module) else state for name, state in states.items()
         }
         self._states[RNG] = RngState(self._ranks.rank)
-        self._reader = CheckpointReader(self._states, section=section, folder=self._folder, ranks=self._ranks)
+        self._settings = dict(settings or {})
+        self._remote = RemoteFolder(section.remote_folder) if section.remote_folder else None
+        self._reader = CheckpointReader(
+            self._states,
+            section=section,
+            folder=self._folder,
+            remote=self._remote,
+            ranks=self._ranks,
+            settings=self._settings,
+        )
         # The writing thread has a group of its own: collectives of two threads on one group would mix.
-        self._writer_ranks = self._ranks if section.async_mode == "disabled" else Ranks(timeout_seconds)
-        self._pending: _Save | None = None
+        in_background = section.async_mode != "disabled" or self._remote is not None
+        self._writer_ranks = Ranks(timeout_seconds) if in_background else self._ranks
+        self._lock = FolderLock(self._folder)
+        self._writer = CheckpointWriter(
+            self._folder, section=section, lock=self._lock, remote=self._remote, rank=self._ranks.rank
+        )
+        self._pending: Save | None = None
         self._pinned_stager: DefaultStager | None = None
-        self._deletion_lock = threading.Lock()
-        self._deletions: list[Future] = []
-        self.last_save: SaveReport | None = None
-        """On rank 0, what the last finished save cost."""
-        if section.enable and not section.load_only:
-            clean = self._on_rank_0(lambda: files.clean_leftovers(self._folder))
-            self._ranks.together(f"clean up in {self._folder}", clean)
+        self._failed_in_a_row = 0
+        if self._saves:
+            self._ranks.together(f"take the folder {self._folder}", self._on_rank_0(self._take_folder))
+
+    @property
+    def _saves(self) -> bool:
+        return self._section.enable and not self._section.load_only
 
     def load(self, step: int = -1) -> int | None:
         """Load the checkpoint of a step, or with -1 the one that the settings say, into the states.
@@ -125,32 +111,56 @@ class CheckpointManager:
             RuntimeError: reading failed.
         """
         self.wait()
-        return self._reader.load(step if step >= 0 else self._section.load_step)
+        resumed_at = self._reader.load(step if step >= 0 else self._section.load_step)
+        if self._section.async_mode == "async_with_pinned_mem" and self._saves:
+            self._pin_memory()
+        return resumed_at
 
     def should_save(self, step: int, last: bool = False) -> bool:
         """Return whether a checkpoint is due after optimizer step `step`, counted from 1. last: the run ends here."""
         section = self._section
-        if not section.enable or section.load_only or step < 1:
+        if not self._saves or step < 1:
             return False
         return last or step % section.interval == 0 or (step == 1 and section.enable_first_step_checkpoint)
 
     def save(self, step: int, last: bool = False) -> bool:
         """Save a checkpoint if one is due, and return whether that is so. The last one is never left to the background.
 
+        A save that fails raises an alarm in the log, and training may go on: it is tried again when the next one is due.
+
         Raises:
-            RuntimeError: saving failed, or the save before this one failed in the background.
+            RuntimeError: more than `max_failed_saves` in a row have failed, or the last one.
+            ValueError: what no later save will mend, such as a folder that another run took, or that hosts do not share.
         """
         if not self.should_save(step, last):
             return False
-        if last and self._section.last_save_model_only:
-            self._save(step, model_only=True, dtype=getattr(torch, self._section.export_dtype))
-        else:
-            self._save(step, in_background=self._section.async_mode != "disabled" and not last)
+        self.wait()
+        try:
+            if last and self._section.last_save_model_only:
+                self._save(step, model_only=True, dtype=getattr(torch, self._section.export_dtype))
+            else:
+                self._save(step, in_background=self._section.async_mode != "disabled" and not last)
+        except RuntimeError as error:
+            self._count_failure(error, last)
         return True
 
     def save_seed(self) -> None:
-        """Save the weights as they are as step 0, for other runs to begin from."""
+        """Save the weights as they are as step 0, for other runs to begin from.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        self.wait()
         self._save(0, model_only=True)
+
+    def take_reports(self) -> list[SaveReport]:
+        """Return, on rank 0, how each save ended that did since the last call, oldest first."""
+        return self._writer.take_reports()
+
+    @property
+    def last_save(self) -> SaveReport | None:
+        """On rank 0, what the last whole checkpoint cost."""
+        return self._writer.last_save
 
     def maybe_wait_for_staging(self) -> None:
         """Wait until a save in the background has its copy of the tensors. Call it before every optimizer step."""
@@ -165,9 +175,12 @@ class CheckpointManager:
         """Wait for the save in the background, if there is one. Collective.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: it failed, as did too many before it.
         """
-        self._ranks.together("finish a save in the background", self._await_pending)
+        try:
+            self._ranks.together("finish a save in the background", self._await_pending)
+        except RuntimeError as error:
+            self._count_failure(error)
 
     def close(self) -> None:
         """Finish what goes on in the background. Makes no collective call of its own: other ranks may be gone.
@@ -178,48 +191,69 @@ class CheckpointManager:
         try:
             self._await_pending()
         finally:
-            for deletion in self._deletions:
-                deletion.result()
-            self._deletions.clear()
+            self._writer.close()
             if self._pinned_stager is not None:
                 self._pinned_stager.close()
                 self._pinned_stager = None
+            self._lock.release()
+
+    def release_folder(self) -> None:
+        """Let another run have the folder, when this one ends by an error and nothing is being written any more."""
+        if self._pending is None:
+            self._lock.release()
+
+    def _take_folder(self) -> None:
+        self._lock.acquire()
+        files.clean_leftovers(self._folder)
+
+    def _count_failure(self, error: RuntimeError, last: bool = False) -> None:
+        """Let training go on after a failed save, unless there were too many. All ranks count alike."""
+        self._failed_in_a_row += 1
+        allowed = self._section.max_failed_saves
+        if last or self._failed_in_a_row > allowed:
+            raise RuntimeError(
+                f"{error}. {self._failed_in_a_row} saves in a row have failed, and checkpoint.max_failed_saves = {allowed}"
+                if not last
+                else f"{error}. It was the last one of the run"
+            ) from error
+        if self._ranks.rank == 0:
+            logger.error(
+                "Training goes on without a checkpoint: %d saves in a row have failed; after more than %d the run stops "
+                "(checkpoint.max_failed_saves).", self._failed_in_a_row, allowed,
+            )  # fmt: skip
 
     # Saving, step by step.
 
     def _save(
         self, step: int, *, model_only: bool = False, dtype: torch.dtype | None = None, in_background: bool = False
     ) -> None:
-        started = time.perf_counter()
-        self.wait()
-        tensors, manifest = self._collect(step, model_only, dtype)
-        save = _Save(step, manifest, started)
-        prepare = self._on_rank_0(lambda: files.prepare_staging(self._folder, step))
-        self._ranks.together(f"make a folder for step-{step}", prepare)
-        if not in_background:
-            self._finish(save, tensors, self._ranks)
-            return
-        staged = self._stage(save, tensors)
-        self._pending = save
-        save.finished = _in_thread(f"checkpoint-{step}", lambda: self._finish(save, staged, self._writer_ranks))
-        save.stall_seconds += time.perf_counter() - started
-
-    def _finish(self, save: _Save, tensors: dict[str, Any], ranks: Ranks) -> None:
-        """Write the tensors (those of `save.staged`, if that is set) and make the checkpoint whole. Collective.
-
-        It succeeds or fails on all ranks, and leaves nothing behind if it fails.
-        """
+        save = Save(step, time.perf_counter(), {})
         try:
-            if save.staged is not None:
-                ranks.together(f"copy step-{save.step} to the host", partial(_raise_error_of, save.staged))
-            content = tensors if save.staged is None else save.staged.result()
-            ranks.together(f"write step-{save.step}", lambda: self._write(save.step, content, ranks))
-            ranks.together(f"finish step-{save.step}", self._on_rank_0(lambda: self._commit(save)))
+            tensors, save.manifest = self._collect(step, model_only, dtype)
+            prepare = self._on_rank_0(lambda: self._writer.prepare(step))
+            self._ranks.together(f"make a folder for step-{step}", prepare)
         except (RuntimeError, ValueError) as error:
-            if ranks.rank == 0:
-                logger.error("CHECKPOINT NOT SAVED: %s", error)
-                files.discard_staging(self._folder, save.step)
+            self._writer.report_failure(save, error)
             raise
+        if in_background:
+            staged = self._stage(save, tensors)
+            self._go_on(save, lambda: self._upload(save, self._writer.write(save, staged, self._writer_ranks)))
+            save.stall_seconds += time.perf_counter() - save.started
+            return
+        names = self._writer.write(save, tensors, self._ranks)
+        if self._remote is not None:
+            self._go_on(save, lambda: self._upload(save, names))
+        else:
+            self._failed_in_a_row = 0
+
+    def _go_on(self, save: Save, work: Callable[[], None]) -> None:
+        """Do the rest of a save in the background."""
+        self._pending = save
+        save.finished = in_thread(f"checkpoint-{save.step}", work)
+
+    def _upload(self, save: Save, names: list[str]) -> None:
+        if self._remote is not None:
+            self._writer.upload(save, names, self._writer_ranks)
 
     def _collect(
         self, step: int, model_only: bool, dtype: torch.dtype | None
@@ -238,68 +272,30 @@ class CheckpointManager:
         plain_names = [name for name in by_rank[0] if all(name in plain for plain in by_rank)]
         tensors = {name: state for name, state in states.items() if name not in plain_names}
         manifest = {
-            "format": FORMAT_VERSION,
+            "format": files.FORMAT_VERSION,
             "step": step,
             "world_size": self._ranks.world_size,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "config": self._settings,
             "tensors": sorted(tensors),
             "plain": merge_plain([{name: plain[name] for name in plain_names} for plain in by_rank]),
         }
         return tensors, manifest
 
-    def _stage(self, save: _Save, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _stage(self, save: Save, tensors: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of the tensors in host memory; with pinned memory set `save.staged`, and return nothing yet."""
-        stager = self._make_stager()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the copy may run on a stream of its own, and must see the last update
         if self._section.async_mode == "async_with_pinned_mem":
-            staged = stager.stage(self._copy_buffers(tensors))
-            assert isinstance(staged, Future), "this stager copies in the background"
-            save.staged = staged
+            save.staged = self._begin_copy(tensors)
             return {}
+        stager = build_stager()
         copies: list[Any] = []
         self._ranks.together(f"copy step-{save.step} to the host", lambda: copies.append(stager.stage(tensors)))
         stager.close()
         return copies[0]
-
-    def _write(self, step: int, tensors: dict[str, Any], ranks: Ranks) -> None:
-        staging = files.staging_path(self._folder, step)
-        writer = dcp.FileSystemWriter(staging, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
-        if ranks.rank == 0:
-            # What `save` returns lacks the files' names in torch 2.11.
-            written = dcp.FileSystemReader(staging).read_metadata().storage_data
-            files.check_complete(staging, {stored.relative_path for stored in written.values()})
-
-    def _commit(self, save: _Save) -> None:
-        """Make the checkpoint whole, report it, and let old ones go. On rank 0."""
-        staging = files.staging_path(self._folder, save.step)
-        files.write_manifest(staging, save.manifest)
-        path = files.commit(self._folder, save.step)
-        seconds = time.perf_counter() - save.started
-        # 0 where `save` has not returned yet: then training has stood still all the time.
-        stall = save.stall_seconds or seconds
-        self.last_save = SaveReport(save.step, files.size_in_bytes(path), seconds, stall)
-        logger.info(
-            "Saved %s: %.2f GiB in %.1f s; training stood still for %.2f s.",
-            path, self.last_save.size / 2**30, seconds, stall,
-        )  # fmt: skip
-        if self._section.keep_latest_k > 0 and save.step > 0:
-            self._deletions = [deletion for deletion in self._deletions if not deletion.done()]
-            self._deletions.append(_in_thread("checkpoint-delete", lambda: self._delete_old(save.step)))
-
-    def _delete_old(self, newest: int) -> None:
-        """Delete all but the whole checkpoints that were written last. The one just saved always stays."""
-        with self._deletion_lock:
-            for step in files.list_steps_by_age(self._folder)[: -self._section.keep_latest_k]:
-                if step == newest:
-                    continue
-                try:
-                    files.delete(self._folder, step)
-                except OSError as error:
-                    logger.warning("Could not delete the old checkpoint of step %d: %s", step, error)
 
     def _on_rank_0(self, work: Callable[[], Any]) -> Callable[[], None] | None:
         """Return the work without its result on rank 0, None elsewhere."""
@@ -318,42 +314,32 @@ class CheckpointManager:
             if not save.finished.done() and self._ranks.rank == 0:
                 logger.info("Waiting for the checkpoint of step %d, which is still being written.", save.step)
             save.finished.result()
+            self._failed_in_a_row = 0
 
-    def _make_stager(self) -> DefaultStager:
-        """Return what copies tensors to the host: for `async` one for each save, whose memory is freed after it."""
-        if self._section.async_mode == "async":
-            return build_stager()
+    def _get_pinned_stager(self) -> DefaultStager:
+        """Return what copies tensors to memory that stays pinned."""
         if self._pinned_stager is None:
             self._pinned_stager = PinnedStager(pin=torch.cuda.is_available())
         return self._pinned_stager
+
+    def _pin_memory(self) -> None:
+        """Copy the state once and throw the copy away: pinning memory takes seconds, for which the first save would stand still."""
+        tensors, _ = self._collect(0, False, None)
+        copying: list[Future] = []
+        self._ranks.together("begin to pin memory", lambda: copying.append(self._begin_copy(tensors)))
+        self._ranks.together("pin memory", lambda: copying[0].result() and None)
+
+    def _begin_copy(self, tensors: dict[str, Any]) -> Future:
+        """Copy the tensors to pinned memory, in a thread and on a stream of its own."""
+        staged = self._get_pinned_stager().stage(self._copy_buffers(tensors))
+        assert isinstance(staged, Future), "this stager copies in the background"
+        return staged
 
     def _copy_buffers(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Return the same with buffers copied: the next forward pass, which staging does not wait for, may change them."""
         volatile = self._states[MODEL].buffer_names() if isinstance(self._states[MODEL], ModelState) else set()
         model = {name: value.clone() if name in volatile else value for name, value in tensors[MODEL].items()}
         return {**tensors, MODEL: model}
-
-
-def _raise_error_of(future: Future) -> None:
-    """Wait for a future, and raise what it raised. Its result may be large and is left where it is."""
-    error = future.exception()
-    if error is not None:
-        raise error
-
-
-def _in_thread(name: str, work: Callable[[], None]) -> Future:
-    """Start `work` in a thread that does not keep the process alive: a run that fails must not wait for it to end."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
 
 
 def _cast(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Choosing a checkpoint and reading it into the states of a run. All reading of checkpoints is here."""
+"""Reading a checkpoint into the states of a run, once its files have been verified. All reading of checkpoints is here."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +17,41 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from trainer.components import checkpoint_files as files
+from trainer.components.checkpoint_checksums import MISSING, find_damage, share_files
+from trainer.components.checkpoint_choice import CheckpointChooser, Source
 from trainer.components.checkpoint_ranks import Ranks
-from trainer.components.checkpoint_state import select_plain
+from trainer.components.checkpoint_remote import RemoteCheckpoint, RemoteFolder
+from trainer.components.checkpoint_state import MODEL, RNG, select_plain
+from trainer.components.checkpoint_unpickle import SafeLoadPlanner, SafeReader
+from trainer.config.changes import find_changes, find_refused
 from trainer.config.fields import suggest
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
-MODEL = "model"
-RNG = "rng"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to read, as rank 0 decided."""
-
-    path: Path
-    step: int
-    """Step to go on from."""
-    names: tuple[str, ...]
-    """States to read."""
-
 
 class CheckpointReader:
     """Reads checkpoints into `states` (name -> object with `state_dict` and `load_state_dict`, in the order of loading)."""
 
-    def __init__(self, states: Mapping[str, Any], *, section: CheckpointConfig, folder: Path, ranks: Ranks) -> None:
-        """Raises ValueError if `exclude_from_loading` names a state that there is not."""
+    def __init__(
+        self,
+        states: Mapping[str, Any],
+        *,
+        section: CheckpointConfig,
+        folder: Path,
+        remote: RemoteFolder | None,
+        ranks: Ranks,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Raises ValueError if `exclude_from_loading` names a state that there is not. settings: of the run, by dotted key."""
+        self._settings = settings
         self._states = states
         self._section = section
         self._folder = folder
         self._ranks = ranks
+        self._chooser = CheckpointChooser(
+            states, section=section, folder=folder, remote=remote, world_size=ranks.world_size
+        )
         for name in section.exclude_from_loading:
             if name not in states:
                 raise ValueError(
@@ -56,106 +62,127 @@ class CheckpointReader:
     def load(self, step: int) -> int | None:
         """Load as `CheckpointManager.load` says; step -1 takes the newest. Collective."""
         started = time.perf_counter()
-        choose = (lambda: self._choose(step)) if self._ranks.rank == 0 else None
-        source: Source | None = self._ranks.together("choose a checkpoint", choose)[0]
+        source = self._choose_undamaged(step)
         if source is None:
             return None
+        verified = time.perf_counter() - started
         plans: list[_Plan] = []
         self._ranks.together(f"read {source.path}", lambda: plans.append(self._plan(source)))
         self._check_surplus(source, plans[0])
         self._ranks.together(f"read {source.path}", lambda: self._fill(plans[0]))
         if self._ranks.rank == 0:
+            if source.path.name == ".initial.fetched":
+                files.discard(source.path)
             logger.info(
-                "Loaded %s of %s in %.1f s; the run goes on from step %d.",
-                ", ".join(source.names), source.path, time.perf_counter() - started, source.step,
+                "Loaded %s of %s in %.1f s (%.1f s of it to verify its files); the run goes on from step %d.",
+                ", ".join(source.names), source.place, time.perf_counter() - started, verified, source.step,
             )  # fmt: skip
         return source.step
 
-    # What to read: on rank 0 alone.
+    # What to read.
 
-    def _choose(self, step: int) -> Source | None:
-        section = self._section
-        steps = files.list_steps(self._folder) if section.enable else []
-        if section.enable and step >= 0:
-            if step not in steps:
-                raise ValueError(
-                    f"checkpoint.load_step = {step}: there is no whole checkpoint of that step in {self._folder}; "
-                    f"{_describe_steps(steps)}"
-                )
-            newer = [str(other) for other in steps if other > step]
-            if newer:
-                logger.warning(
-                    "%s also holds later checkpoints (%s). Without checkpoint.load_step a later start goes on from the newest: "
-                    "move them away, or give this run a folder of its own.", self._folder, ", ".join(newer),
-                )  # fmt: skip
-            return self._source(files.step_path(self._folder, step), step)
-        source = self._choose_newest(steps)
-        if source is None:
-            return self._choose_initial()
-        if section.initial_load_path:
-            logger.info("checkpoint.initial_load_path is not used: %s holds checkpoints of this run.", self._folder)
-        return source
-
-    def _choose_newest(self, steps: Sequence[int]) -> Source | None:
-        """Return the newest checkpoint that has all states of the run, None if the folder holds no checkpoint at all."""
-        refusal: ValueError | None = None
-        for step in reversed(steps):
-            try:
-                return self._source(files.step_path(self._folder, step), step)
-            except ValueError as error:
-                logger.warning("Passing over %s: %s", files.step_path(self._folder, step), error)
-                refusal = refusal or error
-        if refusal is not None:
-            raise ValueError(f"no checkpoint in {self._folder} can be resumed from; the newest: {refusal}")
-        return None
-
-    def _choose_initial(self) -> Source | None:
-        path_name = self._section.initial_load_path
-        if not path_name:
-            return None
-        path = Path(path_name)
-        if not (path / files.TENSOR_INDEX_NAME).is_file():
-            steps = files.list_steps(path)
-            inside = f"; it holds the checkpoints {', '.join(f'step-{s}' for s in steps)}: name one" if steps else ""
-            raise ValueError(
-                f"checkpoint.initial_load_path = {path_name}: there is no checkpoint here (no "
-                f"{files.TENSOR_INDEX_NAME}){inside}"
-            )
-        if self._section.initial_load_model_only:
-            return Source(path, 0, (MODEL,))
-        manifest = files.read_manifest(path)
-        if "step" not in manifest:
-            raise ValueError(
-                f"checkpoint.initial_load_path = {path_name} has no {files.MANIFEST_NAME}: another program wrote it, and only "
-                "its weights can be loaded. Set checkpoint.initial_load_model_only = true"
-            )
-        return self._source(path, int(manifest["step"]))
-
-    def _source(self, path: Path, step: int) -> Source:
-        """Return what to read of a checkpoint of ours.
+    def _choose_undamaged(self, step: int) -> Source | None:
+        """Return the checkpoint that rank 0 chooses once its files have been found to be in order. Collective.
 
         Raises:
-            ValueError: it lacks states that the run needs.
+            ValueError: what was asked for is damaged, or everything is.
         """
-        manifest = files.read_manifest(path)
-        held = {*manifest.get("tensors", ()), *manifest.get("plain", ())}
-        if step == 0 and held == {MODEL}:
-            return Source(path, 0, (MODEL,))  # a seed: weights to begin from
-        wanted = [name for name in self._states if name not in self._section.exclude_from_loading]
-        lacking = [name for name in wanted if name not in held]
-        if lacking:
+        damaged: dict[str, str] = {}
+        while True:
+            choose = (lambda: self._chooser.choose(step, damaged)) if self._ranks.rank == 0 else None
+            source: Source | None = self._ranks.together("choose a checkpoint", choose)[0]
+            if source is None:
+                return None
+            compare = partial(self._compare_settings, source) if self._ranks.rank == 0 else None
+            self._ranks.together("compare settings", compare)
+            if source.url:
+                self._copy(source)
+            damage = self._find_damage(source)
+            if not damage:
+                accept = partial(self._accept, source, damaged) if self._ranks.rank == 0 else None
+                return self._ranks.together("accept a checkpoint", accept)[0]
+            text = files.describe_damage(damage)
+            if source.url and self._ranks.rank == 0:
+                files.discard(source.path)
+            if not source.replaceable:
+                raise ValueError(f"{source.place} is damaged: {text}")
+            if self._ranks.rank == 0:
+                logger.error("CHECKPOINT DAMAGED: %s: %s. Looking for another one to go on from.", source.place, text)
+            damaged[source.place] = text
+
+    def _copy(self, source: Source) -> None:
+        """Copy a checkpoint from a store to the local folder, each rank its share. Collective.
+
+        Raises:
+            RuntimeError: a file could not be copied; one that is not there is left for the verification.
+        """
+        remote = RemoteCheckpoint(source.url)
+        make = (lambda: files.make_empty(source.path) and None) if self._ranks.rank == 0 else None
+        self._ranks.together(f"make {source.path}", make)
+        if self._ranks.rank == 0:
+            logger.info("Copying %s to %s.", source.url, source.path)
+
+        def copy_share() -> None:
+            for name in share_files(source.copied, self._ranks.rank, self._ranks.world_size):
+                with contextlib.suppress(FileNotFoundError):
+                    remote.download([name], source.path)
+
+        self._ranks.together(f"copy {source.url}", copy_share)
+
+    def _accept(self, source: Source, damaged: Mapping[str, str]) -> Source:
+        """Give a checkpoint that was copied its place in the folder, and damaged ones another name. On rank 0."""
+        if not self._section.load_only:
+            for step in files.list_named_steps(self._folder):
+                path = files.step_path(self._folder, step)
+                if str(path) in damaged:  # it must neither count nor be taken for good later
+                    kept = files.set_aside(path, "damaged")
+                    logger.warning("%s is kept as %s. Delete it when you have looked at it.", path, kept)
+        if not source.url or source.path.name == ".initial.fetched":
+            return source
+        return replace(source, path=files.commit(self._folder, source.step, source.path))
+
+    def _compare_settings(self, source: Source) -> None:
+        """Show what differs from the settings of the run that saved a checkpoint. On rank 0.
+
+        Raises:
+            ValueError: a difference changes the result, and `allow_config_change` does not name it.
+        """
+        if not source.settings or not self._settings:
+            return
+        changes = find_changes(source.settings, self._settings)
+        if changes:
+            logger.info("Settings that differ from those of %s:\n  %s", source.path, "\n  ".join(map(str, changes)))
+        section = self._section
+        refused = find_refused(changes, allowed=section.allow_config_change, excluded=section.exclude_from_loading)
+        if refused:
+            keys = [change.key for change in refused]
             raise ValueError(
-                f"{path} holds {', '.join(sorted(held)) or 'nothing'}, but not {', '.join(lacking)}. A checkpoint of the weights "
-                "alone (checkpoint.last_save_model_only) can be begun from with checkpoint.initial_load_path; to start "
-                f"the missing parts afresh set checkpoint.exclude_from_loading = {lacking}"
+                f"{source.path} was saved with other settings, and the run would not go on as it was:\n  "
+                + "\n  ".join(map(str, refused))
+                + f"\nPut them back, or say that it is meant: --checkpoint.allow_config_change {' '.join(keys)}"
             )
-        if RNG in wanted and manifest.get("world_size") != self._ranks.world_size:
-            logger.warning(
-                "The random number generators start afresh: %s was saved by %s processes, and there are %d.",
-                path, manifest.get("world_size"), self._ranks.world_size,
-            )  # fmt: skip
-            wanted.remove(RNG)
-        return Source(path, step, tuple(wanted))
+
+    def _find_damage(self, source: Source) -> dict[str, str]:
+        """Return what is wrong with the files of a checkpoint, by name. Each file is read by one rank. Collective.
+
+        Raises:
+            ValueError: a rank does not see files that the first one sees.
+        """
+        if not source.sums:
+            if self._ranks.rank == 0:
+                logger.warning("%s has no checksums: whether its files are damaged is not known.", source.place)
+            return {}
+        mine = share_files(source.sums, self._ranks.rank, self._ranks.world_size)
+
+        def verify() -> dict[str, str]:
+            return find_damage(source.path, {name: source.sums[name] for name in mine})
+
+        by_rank = self._ranks.together(f"verify {source.path}", verify)
+        damage = {name: reason for found in by_rank for name, reason in found.items()}
+        self._ranks.together(
+            f"verify {source.path}", (lambda: _look_twice(source, damage)) if not self._ranks.rank else None
+        )
+        return damage
 
     # Reading: on all ranks.
 
@@ -166,8 +193,8 @@ class CheckpointReader:
             ValueError: a tensor is missing or has another shape.
         """
         manifest = files.read_manifest(source.path)
-        metadata = dcp.FileSystemReader(source.path).read_metadata()
-        stored = metadata.state_dict_metadata
+        reader = SafeReader(source.path)
+        stored = reader.index.state_dict_metadata
         plain = {
             name: select_plain(manifest["plain"][name], name, self._ranks.rank, self._ranks.world_size)
             for name in source.names
@@ -183,8 +210,8 @@ class CheckpointReader:
         prefixed = any(key.startswith(f"{MODEL}.") for key in stored)
         content = tensors if prefixed or tuple(tensors) != (MODEL,) else dict(tensors[MODEL])
         keys = flatten_state_dict(content)[0]
-        _check_fit(source.path, keys, metadata)
-        return _Plan(source.path, content, tensors, plain, frozenset(keys), metadata)
+        _check_fit(source.path, keys, reader.index)
+        return _Plan(reader, content, tensors, plain, frozenset(keys))
 
     def _check_surplus(self, source: Source, plan: "_Plan") -> None:
         """Refuse weights that no rank has a place for: they would be dropped without a word. Collective.
@@ -192,7 +219,7 @@ class CheckpointReader:
         Raises:
             ValueError: there are some.
         """
-        stored = sorted(plan.metadata.state_dict_metadata)
+        stored = sorted(plan.reader.index.state_dict_metadata)
         taken = torch.tensor([key in plan.keys for key in stored], dtype=torch.uint8)
         if self._ranks.group is not None:
             dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=self._ranks.group)
@@ -208,8 +235,9 @@ class CheckpointReader:
     def _fill(self, plan: "_Plan") -> None:
         """Read the tensors into their places and hand every state its part, the generators last."""
         if plan.content:
-            reader = dcp.FileSystemReader(plan.path)
-            dcp.load(plan.content, storage_reader=reader, process_group=self._ranks.group)
+            dcp.load(
+                plan.content, storage_reader=plan.reader, planner=SafeLoadPlanner(), process_group=self._ranks.group
+            )
         if plan.content is not plan.tensors and MODEL in plan.tensors:
             plan.tensors[MODEL] = plan.content  # values that are not tensors were replaced in it
         for name in self._states:
@@ -221,7 +249,7 @@ class CheckpointReader:
 
 @dataclass(frozen=True)
 class _Plan:
-    path: Path
+    reader: SafeReader
     content: dict[str, Any]
     """What DCP reads into: the live tensors, under the names that the checkpoint uses."""
     tensors: dict[str, dict[str, Any]]
@@ -230,7 +258,19 @@ class _Plan:
     """Plain values, by state."""
     keys: frozenset[str]
     """Flat names of all that DCP reads on this rank."""
-    metadata: Metadata
+
+
+def _look_twice(source: Source, damage: Mapping[str, str]) -> None:
+    """Tell files that are not there from those that another host does not see, and name those that should not be there."""
+    hidden = [name for name, reason in damage.items() if reason == MISSING and (source.path / name).exists()]
+    if hidden:
+        raise ValueError(
+            f"{source.path}: not every host sees its files (such as {hidden[0]}): all hosts must see the same folder. Set "
+            "job.dump_folder to one on a file system that they share"
+        )
+    surplus = files.find_surplus(source.path, source.sums)
+    if surplus:
+        logger.warning("%s holds files that are no part of it, and are not read: %s", source.path, _count(surplus))
 
 
 def _check_fit(path: Path, wanted: Mapping[str, Any], metadata: Metadata) -> None:
@@ -261,7 +301,3 @@ def _check_fit(path: Path, wanted: Mapping[str, Any], metadata: Metadata) -> Non
 def _count(items: Sequence[str], shown: int = 4) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(items[:shown]) + more
-
-
-def _describe_steps(steps: Sequence[int]) -> str:
-    return f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"

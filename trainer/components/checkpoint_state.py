@@ -14,6 +14,11 @@ from trainer.components.fqn import as_model_parts, clean_fqn
 
 logger = logging.getLogger(__name__)
 
+MODEL = "model"
+"""Name of the state with the weights."""
+RNG = "rng"
+"""Name of the state with the random number generators."""
+
 
 class ModelState:
     """The parameters and persistent buffers of a model, or of the parts of it that this rank holds, as one state.

@@ -29,6 +29,8 @@ _WANDB_VARIABLES = {
     "notes": ("WANDB_RUN_NOTES", "WANDB_NOTES"),
     "job_type": ("WANDB_RUN_JOB_TYPE", "WANDB_JOB_TYPE"),
 }
+WANDB_NAMES = tuple(name for names in _WANDB_VARIABLES.values() for name in names)
+"""All variables that count here. None holds a secret."""
 
 
 class MetricWriter(Protocol):

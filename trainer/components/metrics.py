@@ -113,14 +113,16 @@ class MetricsLogger:
         self._peak_memory = 0.0
         self._first_step = self._last_step = self.tokens_seen = 0
         self._began = time.perf_counter()
+        self._elapsed_before = 0.0
         self._open_window(0, self._began)
 
-    def begin(self, *, step: int, tokens_seen: int) -> None:
+    def begin(self, *, step: int, tokens_seen: int, elapsed_seconds: float = 0.0) -> None:
         """Open the files and start the clock, just before the first step of this process.
 
         Args:
             step: steps already done: 0, or the step of the checkpoint.
             tokens_seen: tokens of all ranks up to there.
+            elapsed_seconds: time that it took up to there.
         """
         self._first_step = self._last_step = step
         self.tokens_seen = tokens_seen
@@ -128,7 +130,12 @@ class MetricsLogger:
             self._open_files(step, tokens_seen)
         # Opening TensorBoard and W&B takes seconds that are no training.
         self._began = time.perf_counter()
+        self._elapsed_before = elapsed_seconds
         self._open_window(step, self._began)
+
+    def get_elapsed_seconds(self) -> float:
+        """Return the time since the first step of the run, without that between a stop and a resume."""
+        return self._elapsed_before + time.perf_counter() - self._began
 
     def _open_files(self, step: int, tokens_seen: int) -> None:
         variables, run_config = self._wandb
@@ -205,7 +212,12 @@ class MetricsLogger:
         now = time.perf_counter()
         memory = self._memory.read()
         record |= self._measure(step, now) | _get_memory_values(memory)
-        record |= {"tokens_seen": self.tokens_seen, "time": time.time(), **further}
+        record |= {
+            "tokens_seen": self.tokens_seen,
+            "elapsed_seconds": self.get_elapsed_seconds(),
+            "time": time.time(),
+            **further,
+        }
         self._keep(record)
         for writer in self._writers:
             writer.write_step(record)

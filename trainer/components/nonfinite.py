@@ -95,6 +95,14 @@ class NonFiniteGuard:
         logger.warning("Skipped %s", where, extra={"same_on_all_ranks": True})
         return True
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts of skipped steps, once the last judged step is settled."""
+        return {"total_skipped": self.total_skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting: steps that a run skips again and again across restarts still stop it."""
+        self.total_skipped, self._in_a_row = int(state["total_skipped"]), int(state["in_a_row"])
+
     def _write_down(self, record: dict[str, Any]) -> None:
         if not self.is_writer:
             return

@@ -92,6 +92,7 @@ RANGES: dict[str, Range] = {
     "parallelism.expert_tensor_parallel_degree": _COUNT,
     "checkpoint.interval": _COUNT,
     "checkpoint.keep_latest_k": _COUNT_OR_NONE,
+    "checkpoint.max_failed_saves": _COUNT_OR_NONE,
     "checkpoint.load_step": Range(low=0, special=-1, meaning="the newest"),
     "activation_checkpoint.memory_budget": _SHARE,
     "comm.init_timeout_seconds": _COUNT,

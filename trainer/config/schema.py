@@ -97,10 +97,12 @@ class CheckpointConfig:
     """torchtitan's per-replica data loader checkpoints under TorchFT. Has no effect here."""
     folder: str = "checkpoint"
     """Folder for the checkpoints, inside `job.dump_folder`."""
+    remote_folder: str | None = None
+    """URL of a folder in a store (s3://, gs://, az://, ...) that belongs to this run alone. Each whole checkpoint is copied there in the background, and a run goes on from there where the local folder has none as new. The store's fsspec package has to be installed (s3fs, gcsfs, ...)."""
     interval: int = 500
     """Steps from one checkpoint to the next."""
     initial_load_path: str | None = None
-    """Checkpoint to begin from when `folder` holds none."""
+    """Checkpoint to begin from when `folder` holds none: a folder, or a URL (s3://, gs://, ...)."""
     initial_load_model_only: bool = True
     """Take only the weights from `initial_load_path`, and begin at step 0."""
     initial_load_in_hf: bool = False
@@ -117,6 +119,10 @@ class CheckpointConfig:
     """Write checkpoints in the background. async first copies everything to host memory; async_with_pinned_mem copies to pinned memory, which it keeps for the whole run, while the next step computes."""
     keep_latest_k: int = 10
     """Checkpoints to keep; older ones are deleted. 0 keeps all."""
+    max_failed_saves: int = 3
+    """Saves in a row that may fail (a full disk) before the run stops. Each raises an alarm, and training goes on. 0 stops at the first."""
+    allow_config_change: list[str] = field(default_factory=list)
+    """Settings (globs of keys, such as optimizer.lr) that may differ from those of the checkpoint although that changes the result."""
     load_step: int = -1
     """Step to resume from. -1 takes the newest."""
     exclude_from_loading: list[str] = field(default_factory=list)

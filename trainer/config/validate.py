@@ -4,14 +4,17 @@ Imports no torch, and looks at nothing but the configuration, the number of proc
 What depends on the model, the tokenizer or the data set is checked by `trainer.preflight`.
 """
 
+import fnmatch
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from trainer.config.changes import MODEL_ARGS
 from trainer.config.errors import Problem
-from trainer.config.fields import get_value, show, suggest
+from trainer.config.fields import get_leaves, get_value, show, suggest
 from trainer.config.ranges import find_range_problems
 from trainer.config.schema import JobConfig
 from trainer.config.unavailable import find_refusals, find_settings_without_effect
@@ -165,11 +168,40 @@ def _check_checkpoint(config: JobConfig) -> Iterator[Problem]:
             near = suggest(part, CHECKPOINT_PARTS)
             message = f"{key}: {part} is no part of a checkpoint.{near} Parts: {', '.join(CHECKPOINT_PARTS)}."
             yield Problem(message, (key,))
+    for glob in section.allow_config_change:
+        if not fnmatch.filter(get_leaves(), glob) and not glob.startswith(MODEL_ARGS):
+            key = "checkpoint.allow_config_change"
+            near = suggest(glob, get_leaves())
+            yield Problem(f"{key}: {glob} matches no setting.{near} Name dotted keys, or globs of them.", (key,))
     if section.enable and section.initial_load_path is not None:
         path = Path(section.initial_load_path)
         if "://" not in section.initial_load_path and not path.is_dir():
             key = "checkpoint.initial_load_path"
             yield Problem(f"{key} = {path}: there is no such folder. Name the folder of one checkpoint.", (key,))
+
+
+def _check_places(config: JobConfig) -> Iterator[Problem]:
+    """Folders on a disk, and URLs of stores, each where it belongs."""
+    for key in ("job.dump_folder", "checkpoint.folder"):
+        if "://" in get_value(config, key):
+            message = f"{key} = {get_value(config, key)}: must be on a disk. Checkpoints are copied to a store with "
+            yield Problem(f"{message}checkpoint.remote_folder.", (key,))
+    key, remote = "checkpoint.remote_folder", config.checkpoint.remote_folder
+    if remote is not None and "://" not in remote:
+        yield Problem(f"{key} = {remote}: must be a URL, such as s3://bucket/run. A disk is job.dump_folder.", (key,))
+    if remote is not None and not config.checkpoint.enable:
+        yield Problem(f"{key} = {remote}: needs checkpoint.enable = true, or leave it out.", (key, "checkpoint.enable"))
+
+
+def _check_credentials(config: JobConfig) -> Iterator[Problem]:
+    """Settings are written to logs, reports and checkpoints, where no password belongs."""
+    for key in get_leaves():
+        if _CREDENTIALS.search(str(get_value(config, key))):
+            message = f"{key}: the URL has a user or password in it, which would be written down with the settings."
+            yield Problem(f"{message} Give them as the store's package reads them: by environment or file.", (key,))
+
+
+_CREDENTIALS = re.compile(r"://[^/\s'\"]*@|://\S*[?&](?:[^=&]*(?:key|secret|token|password|sig)[^=&]*)=", re.IGNORECASE)
 
 
 def _check_compile(config: JobConfig) -> Iterator[Problem]:
@@ -246,6 +278,8 @@ _RULES: tuple[Rule, ...] = (
     _check_optimizer,
     _check_data,
     _check_checkpoint,
+    _check_places,
+    _check_credentials,
     _check_compile,
     _check_activation_checkpoint,
     *PARALLEL_RULES,

@@ -3,89 +3,19 @@
 import json
 import logging
 import os
-import random
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
+from tests.unit.components.checkpoint_run import MODES, SECTION, Run, assert_equal, weights
 from trainer.components import checkpoint_files as files
-from trainer.components.checkpoint import CheckpointManager
 from trainer.components.checkpoint_state import ModelState
-from trainer.components.lr_scheduler import build_lr_scheduler
-from trainer.components.optimizer import build_optimizer
-from trainer.config.schema import CheckpointConfig
-from trainer.config.schema_training import LRSchedulerConfig, OptimizerConfig
-
-SECTION = CheckpointConfig(enable=True, interval=2, keep_latest_k=0)
-MODES = ("disabled", "async", "async_with_pinned_mem")
-
-
-class Counters:
-    """A plain state."""
-
-    def __init__(self) -> None:
-        self.values: dict = {"step": 0, "notes": ["a", {"b": None}]}
-
-    def state_dict(self) -> dict:
-        return dict(self.values)
-
-    def load_state_dict(self, state: dict) -> None:
-        self.values = state
-
-
-class Run:
-    """A tiny run with everything that a checkpoint holds. Its steps draw from every generator."""
-
-    def __init__(
-        self, folder: Path, section: CheckpointConfig = SECTION, *, width: int = 4, seed: int = 0, **optimizer
-    ):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        self.model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, width))
-        self.optimizer = build_optimizer(self.model, section=OptimizerConfig(lr=0.01, **optimizer))
-        self.lr_scheduler = build_lr_scheduler(self.optimizer, section=LRSchedulerConfig(warmup_steps=3), steps=20)
-        self.counters = Counters()
-        states = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "lr_scheduler": self.lr_scheduler,
-            "train_state": self.counters,
-        }
-        self.manager = CheckpointManager(states, section=section, folder=folder)
-
-    def step(self, count: int = 1, save: bool = True) -> list[float]:
-        losses = []
-        for _ in range(count):
-            noise = random.random() + np.random.rand() + np.random.standard_normal()
-            x = torch.rand(8, self.model[0].in_features) + noise
-            loss = nn.functional.dropout(self.model(x), 0.3).square().mean()
-            loss.backward()
-            self.manager.maybe_wait_for_staging()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.lr_scheduler.step()
-            self.counters.values["step"] += 1
-            losses.append(loss.item())
-            if save:
-                self.manager.save(self.counters.values["step"])
-        return losses
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in run.model.state_dict().items()}
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -212,65 +142,6 @@ def test_leftovers_of_a_crash_are_removed_at_start_unless_only_loading(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "step-2"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_failing_save_is_reported_and_leaves_nothing(tmp_path, monkeypatch, caplog, mode):
-    run = Run(tmp_path, replace(SECTION, async_mode=mode))
-    run.step(2)
-    run.manager.wait()
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dcp.FileSystemWriter, "write_data", full_disk)
-        if mode == "disabled":
-            with pytest.raises(RuntimeError, match=r"could not write step-4: .*No space left on device"):
-                run.step(2)
-        else:
-            run.step(2)
-            with pytest.raises(RuntimeError, match=r"step-4: .*No space left on device"):
-                run.manager.wait()
-    assert "CHECKPOINT NOT SAVED" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
-    run.counters.values["step"] = 4
-    run.step(2)
-    run.manager.close()
-    assert files.list_steps(tmp_path) == [2, 6]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_files_that_other_hosts_keep_to_themselves_fail_the_save(tmp_path, monkeypatch, caplog, mode):
-    run = Run(tmp_path, replace(SECTION, async_mode=mode))
-    real_save = dcp.save
-
-    def save_elsewhere(*args, **kwargs):
-        metadata = real_save(*args, **kwargs)
-        for file in tmp_path.glob(".step-2.staging/*.distcp"):
-            file.unlink()
-        return metadata
-
-    monkeypatch.setattr(dcp, "save", save_elsewhere)
-
-    def save() -> None:
-        run.step(2)
-        run.manager.wait()
-
-    with pytest.raises(ValueError, match="on a file system that they share"):
-        save()
-    assert files.list_steps(tmp_path) == []
-
-
-def test_background_failure_surfaces_at_the_next_save_and_at_close(tmp_path, monkeypatch):
-    run = Run(tmp_path, replace(SECTION, async_mode="async"))
-    monkeypatch.setattr(files, "commit", lambda folder, step: (_ for _ in ()).throw(PermissionError("read-only")))
-    run.step(2)
-    with pytest.raises(RuntimeError, match="read-only"):
-        run.manager.save(4)
-    run.manager.save(6)
-    with pytest.raises(RuntimeError, match="read-only"):
-        run.manager.close()
-
-
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_background_save_holds_the_values_of_its_step(tmp_path, monkeypatch, mode):
     """Copying and writing are slowed down, so that training overtakes them if it is not made to wait."""
@@ -297,6 +168,26 @@ def test_background_save_holds_the_values_of_its_step(tmp_path, monkeypatch, mod
     resumed = Run(tmp_path, seed=3)
     assert resumed.manager.load() == 2
     assert_equal(weights(resumed), expected)
+
+
+def test_memory_for_copies_is_there_before_the_first_save(tmp_path, monkeypatch):
+    """Pinning it takes seconds, for which the optimizer step after the first save would wait."""
+    copies = []
+    stage = StateDictStager.stage
+
+    def record(self, *args, **kwargs):
+        copies.append(stage(self, *args, **kwargs))
+        return copies[-1]
+
+    monkeypatch.setattr(StateDictStager, "stage", record)
+    run = Run(tmp_path, replace(SECTION, async_mode="async_with_pinned_mem"))
+    before = weights(run)
+    assert run.manager.load() is None
+    assert len(copies) == 1
+    assert_equal(weights(run), before)
+    run.step(2)
+    run.manager.close()
+    assert len({copy["model"]["0.weight"].data_ptr() for copy in copies}) == 1
 
 
 def test_load_with_nothing_there_returns_none(tmp_path):
@@ -436,15 +327,6 @@ def test_another_model_or_optimizer_is_refused_with_names(tmp_path):
         deeper.manager.load()
     with pytest.raises(ValueError, match=r"it holds model\.2\.bias, model\.2\.weight that the model has not"):
         shallower.manager.load()
-
-
-def test_truncated_shard_is_an_error_in_one_line(tmp_path):
-    Run(tmp_path).step(2)
-    (shard,) = (tmp_path / "step-2").glob("*.distcp")
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(RuntimeError, match=r"could not read .*step-2") as caught:
-        Run(tmp_path).manager.load()
-    assert "\n" not in str(caught.value)
 
 
 def test_last_save_is_reported(tmp_path):

@@ -115,3 +115,15 @@ def test_only_the_writer_writes_but_every_rank_stops(make_guard, tmp_path):
     with pytest.raises(NonFiniteError):
         guard.settle()
     assert not (tmp_path / "nonfinite.jsonl").exists()
+
+
+def test_counts_go_on_after_a_resume(make_guard):
+    first, second = make_guard(max_skips=2), make_guard(max_skips=2)
+    for step in (1, 2):
+        judge(first, step, NAN)
+        first.settle()
+    second.load_state_dict(first.state_dict())
+    assert second.total_skipped == 2
+    judge(second, 3, NAN)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        second.settle()

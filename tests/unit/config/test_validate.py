@@ -119,6 +119,11 @@ def test_world_size_rule_is_met(argv, world_size):
         (["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"], ["/no/where", "no such folder"]),
         (["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.create_seed_checkpoint"], ["Set one"]),
         (["--checkpoint.exclude_from_loading=optimiser"], ["Did you mean optimizer?"]),
+        (["--checkpoint.allow_config_change=optimizer.lrr"], ["optimizer.lrr matches no setting", "optimizer.lr?"]),
+        (["--job.dump_folder=s3://bucket/run"], ["job.dump_folder", "on a disk", "checkpoint.remote_folder"]),
+        (["--checkpoint.folder=s3://bucket/run"], ["checkpoint.folder", "checkpoint.remote_folder"]),
+        (["--checkpoint.enable", "--checkpoint.remote_folder=/a/disk"], ["must be a URL", "job.dump_folder"]),
+        (["--checkpoint.remote_folder=s3://bucket/run"], ["needs checkpoint.enable = true"]),
         (["--activation_checkpoint.mode=memory_budget"], ["must be compiled"]),
         (
             ["--activation_checkpoint.mode=memory_budget", "--compile.enable", "--compile.components=loss"],
@@ -141,6 +146,28 @@ def test_settings_that_do_not_go_together_are_refused(argv, expected):
     (problem,), _ = find(*argv)
     for word in expected:
         assert word in problem
+
+
+@pytest.mark.parametrize("key", ["remote_folder", "initial_load_path"])
+@pytest.mark.parametrize(
+    "url", ["s3://me:hush@bucket/run", "https://host/run?api_key=hush", "az://run?x=1&sig=hush", "s3://hush@bucket"]
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(key, url):
+    (problem,), _ = find("--checkpoint.enable", f"--checkpoint.{key}", url)
+    assert "would be written down" in problem
+    assert "hush" not in problem
+
+
+def test_credentials_are_found_in_any_setting():
+    (problem,), _ = find("--data.sources", '[{dataset = "text", path = "https://me:hush@host/x"}]')
+    assert problem.startswith("data.sources: the URL has a user or password in it")
+    assert find("--job.description", "what? key=1, mail me@host", "--validation.dataset_path=/a@b/c") == ([], [])
+
+
+def test_urls_and_globs_in_their_place_are_in_order():
+    urls = ["--checkpoint.remote_folder=s3://bucket/run", "--checkpoint.initial_load_path=gs://bucket/other/step-3"]
+    allowed = ["--checkpoint.allow_config_change", "optimizer.*", "model_args.rope_theta", "training.max_norm"]
+    assert find("--checkpoint.enable", *urls, *allowed) == ([], [])
 
 
 def test_memory_budget_with_a_compiled_model_is_in_order():
