@@ -33,6 +33,7 @@ from trainer.components.passes import Passes, build_passes
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
 from trainer.components.tokenizer import build_tokenizer
+from trainer.components.train_state import TrainState
 from trainer.components.validation import Validator
 from trainer.config.changes import describe_settings
 from trainer.config.schema import JobConfig
@@ -57,32 +58,6 @@ class Launch:
     local_rank: int = 0
     world_size: int = 1
     wandb_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class TrainState:
-    """How far the run has come. Part of every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps taken, skipped ones included."""
-    tokens_seen: int = 0
-    """Tokens in the batches so far, over all ranks."""
-    elapsed_seconds: float = 0.0
-    """Time from the first step to the last checkpoint, without the time between a stop and a resume. The same on all ranks."""
-    nonfinite: NonFiniteGuard | None = None
-    """Counts steps that were left out."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in ("step", "tokens_seen", "elapsed_seconds")}
-        return state if self.nonfinite is None else {**state, "nonfinite": self.nonfinite.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the counters. The first checkpoints had fewer."""
-        self.step, self.tokens_seen = int(state["step"]), int(state["tokens_seen"])
-        self.elapsed_seconds = float(state.get("elapsed_seconds", 0.0))
-        if self.nonfinite is not None and "nonfinite" in state:
-            self.nonfinite.load_state_dict(state["nonfinite"])
 
 
 class Trainer(AbstractContextManager):
@@ -156,6 +131,7 @@ class Trainer(AbstractContextManager):
         self.dataloader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+        self._report_saves()
         self.metrics.close()
         if kind is None:
             self.watchdog.close()  # it needs the store of the process group
@@ -400,12 +376,7 @@ class Trainer(AbstractContextManager):
             "dataloader": self.dataloader,
             "train_state": self.state,
         }
-        training = self.config.training
-        batch = (
-            training.global_batch_size
-            if training.global_batch_size > 0
-            else training.local_batch_size * self.dims.dp_degree
-        )
+        batch = self.dataloader.shape.global_batch_size
         settings = describe_settings(self.config, self.model_args, global_batch_size=batch)
         return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder, settings=settings)
 

@@ -269,6 +269,18 @@ def test_each_file_is_verified_by_one_rank_and_all_fall_back_together(tmp_path, 
         assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
 
 
+def test_each_rank_copies_its_files_to_the_store_and_back(tmp_path):
+    """A folder stands for the store. The local disk is lost, and another number of ranks goes on."""
+    section = replace(SECTION, remote_folder=f"file://{tmp_path}/store", async_mode="async")
+    saved = run_distributed(train_and_save, 2, str(tmp_path / "a"), section, False)[0]
+    local = {path.name: path.read_bytes() for path in (tmp_path / "a" / "step-2").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store" / "step-2").iterdir()} == local
+    for step, position, loaded in run_distributed(load_tensors, 3, str(tmp_path / "b"), section, False):
+        assert (step, position) == (2, 2)
+        assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["step-2"]
+
+
 def load_a_missing_step(folder: str) -> str:
     run = Run(folder, replace(SECTION, load_step=9))
     try:

@@ -152,6 +152,7 @@ class CheckpointManager:
         """
         self.wait()
         self._save(0, model_only=True)
+        self._ranks.together("copy the seed checkpoint", self._await_pending)
 
     def take_reports(self) -> list[SaveReport]:
         """Return, on rank 0, how each save ended that did since the last call, oldest first."""

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, or begins from. Rank 0 alone decides, and tells the others."""
 
 import logging
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ class Source:
     """Where it is in a store, if it has to be copied from there."""
     copied: tuple[str, ...] = ()
     """Names of the files to copy."""
+    is_temporary: bool = False
+    """The copy is deleted once it is read; else it becomes a checkpoint of the folder."""
 
     @property
     def place(self) -> str:
@@ -127,22 +130,22 @@ class CheckpointChooser:
             return None
         key = f"checkpoint.initial_load_path = {name}"
         remote = RemoteCheckpoint(name) if is_url(name) else None
-        path = self._folder / ".initial.fetched" if remote else Path(name)
+        path = self._folder / f".initial.{_make_name()}.fetched" if remote else Path(name)
         there = remote.list_names() if remote else [file.name for file in path.iterdir()] if path.is_dir() else []
         if files.TENSOR_INDEX_NAME not in there:
             steps = RemoteFolder(name).list_steps() if remote else files.list_steps(path)
             inside = f"; it holds the checkpoints {', '.join(f'step-{s}' for s in steps)}: name one" if steps else ""
             raise ValueError(f"{key}: there is no checkpoint here (no {files.TENSOR_INDEX_NAME}){inside}")
         manifest = remote.read_manifest() if remote else files.read_manifest(path)
-        url, copied = (name, tuple(there)) if remote else ("", ())
+        copy: dict[str, Any] = {"url": name, "copied": tuple(there), "is_temporary": True} if remote else {}
         if self._section.initial_load_model_only:
-            return Source(path, 0, (MODEL,), files.get_file_sums(manifest, name), url=url, copied=copied)
+            return Source(path, 0, (MODEL,), files.get_file_sums(manifest, name), **copy)
         if "step" not in manifest:
             raise ValueError(
                 f"{key} has no {files.MANIFEST_NAME}: another program wrote it, and only its weights can be loaded. Set "
                 "checkpoint.initial_load_model_only = true"
             )
-        return self._make_source(path, int(manifest["step"]), manifest, url=url, copied=copied)
+        return self._make_source(path, int(manifest["step"]), manifest, **copy)
 
     def _describe(self, step: int, *, remote: RemoteFolder | None, replaceable: bool = False) -> Source:
         """Return what to read of a checkpoint of this run, in its folder or in the store.
@@ -158,8 +161,9 @@ class CheckpointChooser:
         checkpoint = remote.at(step)
         manifest = checkpoint.read_manifest()
         copied = (files.MANIFEST_NAME, *files.get_file_sums(manifest, checkpoint.url))
-        path = self._folder / f".step-{step}.fetched"
-        return self._make_source(path, step, manifest, replaceable=replaceable, url=checkpoint.url, copied=copied)
+        copy = {"url": checkpoint.url, "copied": copied, "is_temporary": self._section.load_only}
+        path = self._folder / f".step-{step}.{_make_name()}.fetched"
+        return self._make_source(path, step, manifest, replaceable=replaceable, **copy)
 
     def _make_source(self, path: Path, step: int, manifest: dict[str, Any], **further: Any) -> Source:
         place = further.get("url") or str(path)
@@ -199,6 +203,11 @@ class CheckpointChooser:
             logger.error("CHECKPOINT DAMAGED: %s. Looking for an older one to go on from.", error)
         else:
             logger.warning("Passing over a checkpoint: %s", error)
+
+
+def _make_name() -> str:
+    """Return a name that no other run gives to its copy: those that only load hold no lock."""
+    return uuid.uuid4().hex[:8]
 
 
 def _describe_steps(steps: Sequence[int]) -> str:

@@ -4,7 +4,7 @@
     <folder>/.step-1000.staging/        being written
     <folder>/.step-500.replaced/        moved aside while a new step-500 takes its place
     <folder>/.step-100.deleted/         being deleted
-    <folder>/.step-500.fetched/         being copied from a store, as is .initial.fetched
+    <folder>/.step-500.1a2b3c4d.fetched/ being copied from a store, as is .initial.1a2b3c4d.fetched
 
 A name without a dot in front is only ever given to a checkpoint that is complete and on stable storage, by renaming.
 Other names in the folder are not ours and are left alone. Nothing here talks to other ranks: rank 0 alone calls it.
@@ -39,7 +39,7 @@ class DamagedError(ValueError):
 
 
 _STEP_NAME = re.compile(r"step-(0|[1-9]\d*)")
-_HIDDEN_NAME = re.compile(r"\.(?:step-(0|[1-9]\d*)|initial)\.(staging|replaced|deleted|fetched)")
+_HIDDEN_NAME = re.compile(r"\.(?:step-(0|[1-9]\d*)|initial)(?:\.[0-9a-f]{8})?\.(staging|replaced|deleted|fetched)")
 
 
 def step_path(folder: Path, step: int) -> Path:

@@ -166,7 +166,7 @@ def _is_known_dead(owner: dict[str, Any]) -> bool:
     here = _identify(os.getpid())
     if not here or any(owner.get(key) != here[key] for key in ("boot", "pid_space")):
         return False
-    return _identify(owner["pid"]).get("born") != owner.get("born")
+    return _identify(owner.get("pid", 0)).get("born") != owner.get("born")
 
 
 def _name(owner: dict[str, Any]) -> str:

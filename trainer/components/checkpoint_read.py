@@ -71,7 +71,7 @@ class CheckpointReader:
         self._check_surplus(source, plans[0])
         self._ranks.together(f"read {source.path}", lambda: self._fill(plans[0]))
         if self._ranks.rank == 0:
-            if source.path.name == ".initial.fetched":
+            if source.is_temporary:
                 files.discard(source.path)
             logger.info(
                 "Loaded %s of %s in %.1f s (%.1f s of it to verify its files); the run goes on from step %d.",
@@ -137,7 +137,7 @@ class CheckpointReader:
                 if str(path) in damaged:  # it must neither count nor be taken for good later
                     kept = files.set_aside(path, "damaged")
                     logger.warning("%s is kept as %s. Delete it when you have looked at it.", path, kept)
-        if not source.url or source.path.name == ".initial.fetched":
+        if not source.url or source.is_temporary:
             return source
         return replace(source, path=files.commit(self._folder, source.step, source.path))
 

@@ -147,6 +147,10 @@ class RemoteFolder:
         matches = [_STEP_NAME.fullmatch(_last(entry)) for entry in entries]
         return [step for step in sorted(int(match[1]) for match in matches if match) if self.at(step).is_whole()]
 
+    def list_steps_by_age(self) -> list[int]:
+        """Return the same, first saved first: not by step if a run went back."""
+        return sorted(self.list_steps(), key=lambda step: str(self.at(step).read_manifest().get("created", "")))
+
 
 _STEP_NAME = re.compile(r"step-(0|[1-9]\d*)")
 

@@ -180,11 +180,11 @@ class CheckpointWriter:
                     logger.warning("Could not delete the old checkpoint of step %d: %s", step, error)
 
     def _delete_old_in_store(self, newest: int) -> None:
-        """Delete all but the newest whole checkpoints in the store. The one just copied always stays."""
+        """Delete all but the whole checkpoints in the store that were saved last. The one just copied always stays."""
         assert self._remote is not None, "there is no store"
         with self._deletion_lock:
             try:
-                for step in self._remote.list_steps()[: -self._section.keep_latest_k]:
+                for step in self._remote.list_steps_by_age()[: -self._section.keep_latest_k]:
                     if step != newest:
                         self._remote.at(step).delete()
             except Exception as error:  # each store has exceptions of its own

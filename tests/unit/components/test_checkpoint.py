@@ -131,10 +131,35 @@ def test_interrupted_replacement_leaves_one_whole(tmp_path, monkeypatch, fails_a
     assert_equal(weights(resumed), weights(run) if fails_at == "delete aside" else old)
 
 
+def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    """After a power cut a file that was not has the right name and no content."""
+    synced, renamed = [], []
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(
+        Path, "rename", lambda self, target: renamed.append((Path(target).name, len(synced))) or rename(self, target)
+    )
+    Run(tmp_path).step(2)
+    staged = {"__0_0.distcp", ".metadata.tmp", files.MANIFEST_NAME, ".step-2.staging"}
+    assert renamed[-1] == ("step-2", 4)
+    assert set(synced[:4]) == staged
+    assert synced[4:] == [tmp_path.name]
+
+
 def test_leftovers_of_a_crash_are_removed_at_start_unless_only_loading(tmp_path):
     run = Run(tmp_path)
     run.step(2)
-    for name in (".step-4.staging", ".step-1.deleted", ".other"):
+    for name in (
+        ".step-4.staging",
+        ".step-1.deleted",
+        ".step-3.01234567.fetched",
+        ".initial.89abcdef.fetched",
+        ".other",
+    ):
         (tmp_path / name).mkdir()
     Run(tmp_path, replace(SECTION, load_only=True))
     assert (tmp_path / ".step-4.staging").exists()

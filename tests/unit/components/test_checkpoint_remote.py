@@ -84,6 +84,16 @@ def test_local_checkpoint_comes_before_its_copy_and_the_newer_before_both(tmp_pa
     assert Run(tmp_path, replace(STORED, load_step=2)).manager.load() == 2
 
 
+def test_who_only_loads_leaves_no_copy(tmp_path, store):
+    run = Run(tmp_path / "a", STORED)
+    run.step(2)
+    run.manager.close()
+    watching = Run(tmp_path / "b", replace(STORED, load_only=True), seed=4)
+    assert watching.manager.load() == 2
+    assert_equal(weights(watching), weights(run))
+    assert list((tmp_path / "b").iterdir()) == []
+
+
 def test_damaged_local_checkpoint_is_replaced_by_its_copy(tmp_path, store, caplog):
     run = Run(tmp_path, STORED)
     run.step(4)
@@ -161,6 +171,14 @@ def test_store_keeps_as_many_as_the_disk_and_lets_foreign_names_be(tmp_path, sto
     assert store.exists("/bucket/run/step-90/__0_0.distcp")
 
 
+def test_store_keeps_what_was_saved_last_when_a_run_goes_back(tmp_path, store):
+    for step, created in ((3, "2026-01-01"), (4, "2026-01-02"), (1, "2026-01-03")):
+        (tmp_path / "checkpoint.json").unlink(missing_ok=True)
+        files.write_manifest(tmp_path, {"format": 2, "created": created})
+        RemoteFolder(URL).at(step).finish(tmp_path)
+    assert RemoteFolder(URL).list_steps_by_age() == [3, 4, 1]
+
+
 @pytest.mark.parametrize("model_only", [True, False])
 def test_run_begins_from_a_checkpoint_in_a_store(tmp_path, store, model_only):
     run = Run(tmp_path / "a", STORED)
@@ -183,6 +201,14 @@ def test_run_begins_from_another_programs_weights_in_a_store(tmp_path, store):
     begun = Run(tmp_path / "b", replace(SECTION, initial_load_path="memory://bucket/theirs"), seed=8)
     assert begun.manager.load() == 0
     assert_equal(weights(begun), weights(run))
+
+
+def test_seed_is_in_the_store_when_it_is_saved(tmp_path, store, monkeypatch):
+    Run(tmp_path, STORED).manager.save_seed()
+    assert RemoteFolder(URL).list_steps() == [0]
+    fail_for(monkeypatch, store, "put_file", times=99)
+    with pytest.raises(RuntimeError, match="the store is tired"):
+        Run(tmp_path, STORED).manager.save_seed()
 
 
 def test_file_outside_of_the_folder_is_not_copied(tmp_path, store):
