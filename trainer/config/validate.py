@@ -225,6 +225,14 @@ def _check_activation_checkpoint(config: JobConfig) -> Iterator[Problem]:
         key = "activation_checkpoint.determinism_check"
         near = suggest(section.determinism_check, ("default", "none"))
         yield Problem(f"{key} = {section.determinism_check}: must be default or none.{near}", (key,))
+    if section.debug and section.mode == "selective" and option == "op":
+        keys = (
+            "activation_checkpoint.debug",
+            "activation_checkpoint.selective_ac_option",
+            "activation_checkpoint.mode",
+        )
+        message = f"{keys[0]} = true: torch reports on recomputation of whole blocks alone. Use it with mode = full, or not at all."
+        yield Problem(message, keys)
 
 
 def _warn_schedule(config: JobConfig) -> Iterator[Problem]:

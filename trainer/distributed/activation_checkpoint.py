@@ -3,8 +3,9 @@
 A block is checkpointed by replacing its `forward`, so that module and parameter names stay as they are, in checkpoints, in
 optimizer patterns and in this program's own globs.
 
-The choice of experts is kept in every mode. Made again from scores that a fused kernel, or one chosen anew, rounds in another way,
-it could differ: gradients would be those of other experts, and exchanges between ranks of other sizes.
+The choice of experts is kept in every mode (but under `activation_checkpoint.debug`). Made again from scores that a fused kernel,
+or one chosen anew, rounds in another way, it could differ: gradients would be those of other experts, and exchanges between
+ranks of other sizes.
 """
 
 import functools
@@ -97,7 +98,7 @@ def apply_activation_checkpoint(
         contexts: Contexts | None = None
         if by_operation:
             contexts = _get_selective_contexts(block, section)
-        elif _has_router(block):
+        elif _has_router(block) and not section.debug:  # torch's report has contexts of its own
             contexts = _build_contexts(CheckpointPolicy.PREFER_RECOMPUTE)
         block.forward = _checkpointed(block.forward, section, contexts)
     logger.debug("activation checkpointing of %d of %d blocks", len(checkpointed), len(names))

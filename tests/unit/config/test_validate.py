@@ -132,6 +132,10 @@ def test_world_size_rule_is_met(argv, world_size):
         (["--activation_checkpoint.selective_ac_option=0"], ["op or a number from 1 on"]),
         (["--activation_checkpoint.selective_ac_option=ops"], ["op or a number from 1 on"]),
         (["--activation_checkpoint.determinism_check=non"], ["Did you mean none?"]),
+        (
+            ["--activation_checkpoint.debug", "--activation_checkpoint.selective_ac_option=op"],
+            ["activation_checkpoint.debug = true", "mode = full"],
+        ),
         (["--compile.enable", "--compile.components="], ["name model, loss or both"]),
         (["--profiling.enable_profiling", "--profiling.profile_freq=3"], ["3 + 1 = 4"]),
         (["--training.dataset="], ["training.dataset", "must not be empty"]),

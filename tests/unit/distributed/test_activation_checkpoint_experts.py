@@ -94,6 +94,10 @@ def test_recomputation_keeps_to_the_experts_of_the_forward_pass(settings: dict[s
         assert torch.equal(gradients[name].grad, parameter.grad), name
 
 
+def test_report_on_recomputation_can_be_had_of_experts_too() -> None:
+    run(build({"mode": "full", "debug": True})).backward()
+
+
 @pytest.mark.parametrize("budget", [0.0, 0.3])
 @functorch_config.patch(activation_memory_budget=1.0)  # restores it
 def test_memory_budget_does_not_choose_again(budget: float) -> None:
