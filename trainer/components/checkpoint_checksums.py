@@ -88,8 +88,8 @@ def _combine_all(blocks: Iterable[tuple[int, int]]) -> int:
 
 
 def make_pool() -> ThreadPoolExecutor:
-    """Return threads to sum with. Eight sum faster than a disk reads."""
-    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="checksum")
+    """Return threads to sum with: enough to keep up with a disk, and few enough for eight ranks of a host to train beside them."""
+    return ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="checksum")
 
 
 def sum_file(path: Path, pool: ThreadPoolExecutor) -> FileSum:

@@ -151,13 +151,13 @@ class CheckpointReader:
             return
         changes = find_changes(source.settings, self._settings)
         if changes:
-            logger.info("Settings that differ from those of %s:\n  %s", source.path, "\n  ".join(map(str, changes)))
+            logger.info("Settings that differ from those of %s:\n  %s", source.place, "\n  ".join(map(str, changes)))
         section = self._section
         refused = find_refused(changes, allowed=section.allow_config_change, excluded=section.exclude_from_loading)
         if refused:
             keys = [change.key for change in refused]
             raise ValueError(
-                f"{source.path} was saved with other settings, and the run would not go on as it was:\n  "
+                f"{source.place} was saved with other settings, and the run would not go on as it was:\n  "
                 + "\n  ".join(map(str, refused))
                 + f"\nPut them back, or say that it is meant: --checkpoint.allow_config_change {' '.join(keys)}"
             )

@@ -4,6 +4,7 @@ A store cannot rename a folder, so a checkpoint there is made whole by its manif
 folder without one is no checkpoint. Each rank copies the files that it wrote. What fails is tried again, with growing pauses.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -81,7 +82,9 @@ class RemoteCheckpoint:
             if arrived != sent:
                 raise OSError(f"{self.url}/{name} has {arrived} of {sent} bytes")
 
-        self._fs.makedirs(self._root, exist_ok=True)
+        with contextlib.suppress(Exception):
+            # Stores of objects have no folders, and some users may not make a bucket. Where it mattered, writing will tell.
+            self._fs.makedirs(self._root, exist_ok=True)
         for name in names:
             _retry(f"write {self.url}/{name}", lambda name=name: put(name))  # type: ignore[misc]
 
