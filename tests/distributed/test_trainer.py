@@ -147,6 +147,19 @@ def test_run_with_more_steps_goes_on(run: Run) -> None:
     assert elapsed == sorted(elapsed), "it goes on where it stopped"
 
 
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_full_disk_is_an_alarm_in_the_metrics_and_training_goes_on(run: Run, accumulated, mode: str) -> None:
+    options = [CHECKPOINTS, SEEDED, f"--checkpoint.async_mode={mode}", "--checkpoint.max_failed_saves=2"]
+    assert_succeeded(run(1, *options, fault=Fault((), full_disk=(2, 4))))
+    assert [line["saved_step"] for line in run.lines("checkpoint_failed")] == [2, 4]
+    assert all("No space left on device" in line["error"] for line in run.lines("checkpoint_failed"))
+    assert [line["saved_step"] for line in run.lines("checkpoint")] == [6, 7]
+    assert run.curve() == accumulated[0].curve()
+    (account,) = run(1, *options, "--training.steps=9", "--lr_scheduler.total_steps=7", fault=Fault((), full_disk=(9,)))
+    assert "It was the last one of the run" in account.error
+    assert [line["saved_step"] for line in run.lines("checkpoint_failed")] == [2, 4, 9]
+
+
 def test_seed_checkpoint_gives_its_weights_to_another_run(run: Run) -> None:
     seeding = run.clone("seeding")
     assert_succeeded(seeding(1, CHECKPOINTS, "--checkpoint.create_seed_checkpoint", SEEDED))

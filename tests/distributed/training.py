@@ -84,6 +84,8 @@ class Fault:
     rank: int = 0
     save_seconds: float = 0.0
     """Checkpoints take so much longer."""
+    full_disk: tuple[int, ...] = ()
+    """Saves of these steps find the disk full."""
 
 
 @dataclass
@@ -152,7 +154,10 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None) -> Acc
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def write_manifest_slowly(*args: Any) -> None:
-        time.sleep(0.0 if fault is None else fault.save_seconds)
+        if fault is not None:
+            time.sleep(fault.save_seconds)
+            if args[1]["step"] in fault.full_disk:
+                raise OSError(28, "No space left on device")
         write_manifest(*args)
 
     probe = _make_probe(account, keep, fault if fault is not None and fault.rank == rank else None)
