@@ -107,7 +107,7 @@ class FolderLock:
         logger.info("Waiting up to %.0f s to see whether %s still holds %s.", PATIENCE_SECONDS, _name(owner), self.path)
         first, deadline = _get_signs_of_life(self.path), time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, PATIENCE_SECONDS / 10))
+            time.sleep(HEARTBEAT_SECONDS / 5)
             signs = _get_signs_of_life(self.path)
             if signs is not None and signs != first:
                 raise FolderTakenError(

@@ -28,8 +28,14 @@ time.sleep(100)
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 20.0)  # a sign of life ends it
     monkeypatch.setattr(lock, "_SETTLING_SECONDS", 0.01)
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -71,6 +77,7 @@ def test_run_that_was_killed_on_this_machine_is_known_dead_at_once(folder, holde
     assert f"process {holder.pid}" in caplog.text
 
 
+@pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize("change", [{"boot": "another machine"}, {"pid_space": "another container"}])
 def test_lock_of_another_machine_that_nobody_touches_is_taken_over(folder, change):
     """As of a host that died: a requeued job elsewhere waits, and goes on."""
@@ -107,6 +114,7 @@ def test_owner_that_was_taken_for_dead_writes_no_more(folder):
     assert path.exists(), "it is the other's"
 
 
+@pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{}"])
 def test_lock_that_says_nothing_is_taken_over(folder, content):
     path = FolderLock(folder).path
