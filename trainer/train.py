@@ -7,14 +7,18 @@ file that reads the environment.
 import importlib
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.components.logging_setup import setup_logging
+from trainer.components.run_status import RunStatus
+from trainer.config.durations import parse_duration
 from trainer.config.errors import ConfigError
 from trainer.config.manager import LoadedConfig, load_config
 from trainer.config.render import format_config, write_config
+from trainer.distributed.stop_signals import StopRequestedError, StopSignals
 from trainer.preflight import check, check_registered
 
 logger = logging.getLogger(__name__)
@@ -49,37 +53,89 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, world_size: int) -> int:
     config = loaded.config
+    status = RunStatus(Path(config.job.dump_folder), is_writer=rank == 0)
     if rank == 0:
         _write_down(loaded)
+        status.clear()
+    with StopSignals() as signals:
+        try:
+            return _train(loaded, environment, status, signals, rank=rank, world_size=world_size)
+        except StopRequestedError:
+            logger.warning("%s came before training began", signals.requested)
+            status.write("preempted", step=0, reason=f"{signals.requested} before training began")
+            return 0
 
-    # Late: importing torch takes seconds, and no answer above needs it.
+
+def _train(
+    loaded: LoadedConfig,
+    environment: Mapping[str, str],
+    status: RunStatus,
+    signals: StopSignals,
+    *,
+    rank: int,
+    world_size: int,
+) -> int:
+    # Late: importing torch takes seconds, and neither an answer of `main` nor a stop before it needs that.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from trainer.components.metric_writers import WANDB_NAMES
     from trainer.distributed.watchdog import Watchdog
     from trainer.trainer import Launch, Trainer
 
+    config = loaded.config
     launch = Launch(
         rank=rank,
         local_rank=int(environment.get("LOCAL_RANK", 0)),
         world_size=world_size,
+        seconds_left=_get_seconds_left(config.job.time_limit, environment) if rank == 0 else None,
         # Not the API key, which the package reads for itself: what is here may end up in a report.
         wandb_variables={name: environment[name] for name in WANDB_NAMES if name in environment},
     )
+    trainer: Trainer | None = None
+
+    def get_step() -> int:
+        return 0 if trainer is None else trainer.state.step
+
+    def tell_of_leaving(message: str | None) -> None:
+        status.write("preempted" if message is None else "failed", step=get_step(), reason=message or "SIGTERM")
+
+    watchdog = Watchdog(config.comm, signals=signals, on_leave=tell_of_leaving)
 
     @record  # torchrun's closing report names the rank that failed first, with its traceback
-    def train() -> None:
-        with Watchdog(config.comm) as watchdog, Trainer(config, launch, watchdog) as trainer:
-            trainer.train()
+    def train() -> str:
+        nonlocal trainer
+        with watchdog, Trainer(config, launch, watchdog, signals) as trainer:
+            return trainer.train()
 
     try:
-        train()
+        reason = train()
     except KeyboardInterrupt:
         # The user knows why: no traceback. torchrun, which got the same signal, ends the other processes.
         kept = "the same command goes on from the newest checkpoint" if config.checkpoint.enable else "nothing was kept"
         logger.warning("interrupted; %s", kept)
+        status.write("preempted", step=get_step(), reason="Ctrl-C")
         return INTERRUPTED
+    except Exception as error:
+        status.write("failed", step=get_step(), reason=watchdog.message or f"{type(error).__name__}: {error}")
+        raise
+    status.write("preempted" if reason else "complete", step=get_step(), reason=reason or "training.steps are done")
     return 0
+
+
+def _get_seconds_left(time_limit: str | None, environment: Mapping[str, str]) -> float | None:
+    """Return how long this process may run: what is set, else what SLURM says. None: as long as it takes."""
+    if time_limit is not None:
+        return parse_duration(time_limit)
+    job = environment.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    try:
+        command = ["squeue", "-h", "-j", job, "-o", "%L"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("SLURM does not say how much time job %s has left (%s): set job.time_limit", job, error)
+        return None
+    return parse_duration(answer)
 
 
 def _write_down(loaded: LoadedConfig) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.common.attention import (
-    AttentionShape,
-    attention_kernels,
-    describe_attention_kernel,
-    get_slow_attention_reason,
-)
+from models.common.attention import attention_kernels
 from models.registry import get_model_spec
+from trainer.components.attention_report import log_attention_kernel
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
 from trainer.components.determinism import set_determinism
 from trainer.components.expert_balance import build_expert_balance
 from trainer.components.garbage_collection import GarbageCollection
+from trainer.components.hardware import use_device
 from trainer.components.loss import build_loss
 from trainer.components.lr_scheduler import build_lr_scheduler
 from trainer.components.metrics import MetricsLogger, Workload
@@ -32,17 +29,18 @@ from trainer.components.optimizer import build_optimizer
 from trainer.components.passes import Passes, build_passes
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
+from trainer.components.stopping import Deadline, Stopper
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.train_state import TrainState
 from trainer.components.validation import Validator
 from trainer.config.changes import describe_settings
 from trainer.config.schema import JobConfig
-from trainer.distributed.blockwise_attention import choose_kernel
 from trainer.distributed.compile import compiles_model
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, set_timeouts
+from trainer.distributed.stop_signals import StopSignals
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.weight_init import init_weights
 from trainer.parallelize import parallelize
@@ -57,15 +55,20 @@ class Launch:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    seconds_left: float | None = None
+    """Until the time of this process is over. None: not limited, or another rank keeps it."""
     wandb_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Trainer(AbstractContextManager):
     """One run: its parts, and the loop over steps. Use it in a `with` statement, which closes what the parts hold open."""
 
-    def __init__(self, config: JobConfig, launch: Launch, watchdog: Watchdog) -> None:
-        """Build all parts. Collective: every rank calls it."""
+    def __init__(
+        self, config: JobConfig, launch: Launch, watchdog: Watchdog, signals: StopSignals | None = None
+    ) -> None:
+        """Build all parts. Collective: every rank calls it. signals: what asks this process to stop."""
         self.watchdog = watchdog
+        self.signals = signals
         self.config = config
         self.launch = launch
         self.dump_folder = Path(config.job.dump_folder)
@@ -73,7 +76,7 @@ class Trainer(AbstractContextManager):
         self.nonfinite = self._build_nonfinite_guard()
         self.state = TrainState(nonfinite=self.nonfinite)
         self.dims = ParallelDims.from_config(config.parallelism, launch.world_size)
-        self.device = _use_device(launch.local_rank)
+        self.device = use_device(launch.local_rank)
         set_determinism(debug=config.debug, seed=self.seed, rank=launch.rank)
 
         # Token files are made on first use, which can take longer than a collective may: hence before the process group.
@@ -89,6 +92,7 @@ class Trainer(AbstractContextManager):
             needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
             watchdog=watchdog,
         )
+        self.stopper = self._build_stopper()
         self.dims.build_mesh(self.device.type)
         self._check_same_on_all_ranks()
 
@@ -139,8 +143,10 @@ class Trainer(AbstractContextManager):
 
     # --- the loop ---
 
-    def train(self) -> None:
+    def train(self) -> str:
         """Resume if there is something to resume from, then train up to `training.steps`.
+
+        Returns: why it stopped before that, in a word or two; empty if it did not.
 
         Raises:
             NonFiniteError: loss or gradient was not finite, and the policy says to stop.
@@ -148,34 +154,46 @@ class Trainer(AbstractContextManager):
         config = self.config
         with attention_kernels(self.device.type):
             # Outside of the run's profiler, since it has one of its own.
-            self._log_attention_kernel()
+            log_attention_kernel(
+                self.model_args,
+                training=config.training,
+                parallelism=config.parallelism,
+                attn_mask_type=config.model.attn_mask_type,
+                device=self.device,
+            )
             if config.checkpoint.create_seed_checkpoint:
                 self.checkpointer.save_seed()
-                return
+                return ""
             with self.profiler:
                 self.checkpointer.load()
                 self._take_steps()
         self._finish()
+        return self.stopper.reason if self.state.step < self.config.training.steps else ""
 
     def _take_steps(self) -> None:
         """Take the steps that are left, with what is due after each."""
         steps = self.config.training.steps
         state = self.state
+        self._first_step = state.step
         self.metrics.begin(step=state.step, tokens_seen=state.tokens_seen, elapsed_seconds=state.elapsed_seconds)
         if self.state.step >= steps:
             logger.info(
                 "nothing is left to do: step %d is done, and training.steps = %d. Raise it to go on, or choose another "
                 "job.dump_folder to begin anew", self.state.step, steps,
             )  # fmt: skip
-        first_step = self.state.step + 1
-        while self.state.step < steps:
+        stops = self.stopper.agree()
+        while self.state.step < steps and not stops:
             self.train_step()
-            if self.state.step == first_step:
+            if self.state.step == self._first_step + 1:
                 # From here on no collective waits for compilation, whatever the step that the run began at.
                 set_timeouts(self.dims, self.config.comm.train_timeout_seconds)
                 self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
+                self.stopper.agree()
             self._after_step()
+            stops = bool(self.stopper.reason)
         self._settle_nonfinite()
+        if stops:
+            self._save_before_stop()
 
     def train_step(self) -> None:
         """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
@@ -190,11 +208,13 @@ class Trainer(AbstractContextManager):
             self._come_to("forward and backward")
             losses.append(self.passes.forward_backward(batch, valid_tokens, is_last=batch is batches[-1]))
         self._come_to("update")
-        loss = self._sum_over_ranks(sum_of(losses))
+        loss, wishes = self._sum_losses(sum_of(losses))
         pp_mesh = self.dims.mesh("pp") if self.dims.pp > 1 else None
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm, pp_mesh=pp_mesh)
 
         self._settle_nonfinite()
+        self.stopper.settle()
+        self.stopper.read_later(wishes)
         self.state.step += 1
         skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
         self.checkpointer.maybe_wait_for_staging()
@@ -238,6 +258,13 @@ class Trainer(AbstractContextManager):
         dist.all_reduce(total, group=self.dims.loss_group())
         return total
 
+    def _sum_losses(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses, and that of the wishes to stop, which go along. Nothing waits for it on the host."""
+        # Ranks of tensor parallelism have the same loss, and may have different wishes.
+        values = torch.cat([loss.detach().reshape(1) / self.dims.tp, self.stopper.get_wishes()])
+        dist.all_reduce(values, group=self.dims.loss_group() if self.dims.tp == 1 else None)
+        return values[0], values[1:]
+
     def _settle_nonfinite(self) -> None:
         """Act on whether the step before was skipped, by now known to the host without a wait."""
         if self.nonfinite.settle():
@@ -246,19 +273,15 @@ class Trainer(AbstractContextManager):
     def _after_step(self) -> None:
         """Do what is due between two steps: validation, checkpoint, traces, garbage collection."""
         step, last = self.state.step, self.state.step == self.config.training.steps
+        if self.stopper.reason and not last:
+            return
         if self.validator is not None and self.validator.should_run(step, last=last):
             self.watchdog.progress(step, "validation")
-            with self.metrics.pause():
-                loss, seconds = self.validator.run()
-                self.passes.reshard()
-            self.metrics.event("validation", step, loss=loss, seconds=seconds)
+            self._validate(self.validator)
         if self.checkpointer.should_save(step, last):
-            # A checkpoint of a step that was not finite would be resumed from.
-            self._settle_nonfinite()
-            self.watchdog.progress(step, "checkpoint")
-            with self.metrics.pause():
-                self.state.elapsed_seconds = self._agree_on_elapsed_seconds()
+            with self._saving():
                 self.checkpointer.save(step, last)
+            self.stopper.agree()
         self._report_saves()
         # Only then: a pause waits for the device, and would leave it idle between any two steps.
         with self.metrics.pause() if self.profiler.is_due(step) else contextlib.nullcontext():
@@ -275,11 +298,38 @@ class Trainer(AbstractContextManager):
         """Note the saves that have ended, in the background too: what each cost, or that it failed."""
         for report in self.checkpointer.take_reports():
             values = {"saved_step": report.step, "seconds": report.seconds, "stall_seconds": report.stall_seconds}
+            if self.stopper.deadline is not None:
+                self.stopper.deadline.note_save(report.seconds)
             if report.error:
                 self.metrics.event("checkpoint_failed", self.state.step, quiet=True, **values, error=report.error)
             else:
                 values["gib"] = report.size / 2**30
                 self.metrics.event("checkpoint", self.state.step, quiet=True, **values)
+
+    def _validate(self, validator: Validator) -> None:
+        with self.metrics.pause():
+            result = validator.run()
+            self.passes.reshard()
+            self.stopper.agree()
+        if result is not None:
+            loss, seconds = result
+            self.metrics.event("validation", self.state.step, loss=loss, seconds=seconds)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """What goes around a save."""
+        # A checkpoint of a step that was not finite would be resumed from.
+        self._settle_nonfinite()
+        self.watchdog.progress(self.state.step, "checkpoint")
+        with self.metrics.pause():
+            self.state.elapsed_seconds = self._agree_on_elapsed_seconds()
+            yield
+
+    def _save_before_stop(self) -> None:
+        """Save the last step that was taken, so that the run can go on from it."""
+        if self.state.step > self._first_step:
+            with self._saving():
+                self.checkpointer.save_now(self.state.step)
 
     def _finish(self) -> None:
         self.checkpointer.close()
@@ -288,6 +338,17 @@ class Trainer(AbstractContextManager):
         self.metrics.close(checkpoint=self.dump_folder / section.folder if section.enable else None)
 
     # --- the parts ---
+
+    def _build_stopper(self) -> Stopper:
+        if self.signals is not None:
+            self.signals.is_polled = True
+        seconds = self.launch.seconds_left
+        return Stopper(
+            signals=self.signals,
+            deadline=None if seconds is None else Deadline(seconds),
+            reduce_=dist.all_reduce,
+            device=self.device,
+        )
 
     def _build_dataloader(self) -> Any:
         return build_dataloader(training=self.config.training, seed=self.seed, **self._get_loader_options())
@@ -424,47 +485,11 @@ class Trainer(AbstractContextManager):
             batches=loader.epoch_batches,
             loss_of_batch=loss_of_batch,
             sum_over_ranks=self._sum_over_ranks,
+            should_stop=self.stopper.poll,
             freq=self.config.validation.freq,
         )
-
-    def _log_attention_kernel(self) -> None:
-        """Say which attention kernel really runs, and warn of a slow one."""
-        if not isinstance(self.model_args, AttentionShape):
-            return  # a user's network, with an attention of its own or none
-        training, parallelism = self.config.training, self.config.parallelism
-        dtype = getattr(torch, training.mixed_precision_param)
-        documents = self.config.model.attn_mask_type == "block_causal"
-        if self.dims.cp > 1 and parallelism.context_parallel_method != "ulysses" and not documents:
-            head_dim = self.model_args.head_dim
-            kernel = choose_kernel(self.device, dtype, head_dim, getattr(self.model_args, "v_head_dim", head_dim))
-        else:
-            # The choice does not depend on the number of sequences, of which one is enough to try.
-            kernel = describe_attention_kernel(
-                self.model_args, batch=1, seq=training.seq_len // self.dims.cp, device=self.device, dtype=dtype
-            )
-        logger.info("attention: %s", kernel)
-        reason = get_slow_attention_reason(kernel, self.device)
-        if reason is not None:
-            logger.warning("attention is slower than it could be: %s", reason, extra={"same_on_all_ranks": True})
 
 
 def sum_of(values: list[Tensor]) -> Tensor:
     """Return the sum of 0-dim tensors."""
     return torch.stack(values).sum()
-
-
-def _use_device(local_rank: int) -> torch.device:
-    """Return this process's device, made the current one: a GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: more processes on this host than it has GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise ValueError(
-            f"process {local_rank} of this host has no GPU: there are {count}. Start at most {count} (NGPU)"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)

@@ -111,7 +111,7 @@ def _dump_stacks(processes: list, ranks: list[int], scratch: Path) -> str:
     for rank in ranks:
         # A rank that has not got as far as opening its file would be killed by the signal.
         if processes[rank].is_alive() and _stack_file(scratch, rank).exists():
-            os.kill(processes[rank].pid, signal.SIGUSR1)
+            os.kill(processes[rank].pid, signal.SIGUSR2)
     time.sleep(_GRACE_SECONDS)
     stacks = []
     for rank in ranks:
@@ -137,7 +137,7 @@ def _run_rank(
     exit_code = 0
     try:
         with open(_stack_file(Path(scratch), rank), "w") as stacks:
-            faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+            faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
             _set_visible_gpus(visible_gpus)
             report = (True, _call(payload, rank, world_size, backend, scratch))
             message = pickle.dumps(report)

@@ -92,11 +92,13 @@ class CheckpointManager:
         self._pending: Save | None = None
         self._pinned_stager: DefaultStager | None = None
         self._failed_in_a_row = 0
-        if self._saves:
+        self._saved_step = -1  # of the newest save that has not failed, be it in the background
+        if self.saves:
             self._ranks.together(f"take the folder {self._folder}", self._on_rank_0(self._take_folder))
 
     @property
-    def _saves(self) -> bool:
+    def saves(self) -> bool:
+        """Whether checkpoints of steps are saved at all."""
         return self._section.enable and not self._section.load_only
 
     def load(self, step: int = -1) -> int | None:
@@ -112,14 +114,14 @@ class CheckpointManager:
         """
         self.wait()
         resumed_at = self._reader.load(step if step >= 0 else self._section.load_step)
-        if self._section.async_mode == "async_with_pinned_mem" and self._saves:
+        if self._section.async_mode == "async_with_pinned_mem" and self.saves:
             self._pin_memory()
         return resumed_at
 
     def should_save(self, step: int, last: bool = False) -> bool:
         """Return whether a checkpoint is due after optimizer step `step`, counted from 1. last: the run ends here."""
         section = self._section
-        if not self._saves or step < 1:
+        if not self.saves or step < 1:
             return False
         return last or step % section.interval == 0 or (step == 1 and section.enable_first_step_checkpoint)
 
@@ -140,9 +142,20 @@ class CheckpointManager:
                 self._save(step, model_only=True, dtype=getattr(torch, self._section.export_dtype))
             else:
                 self._save(step, in_background=self._section.async_mode != "disabled" and not last)
+            self._saved_step = step
         except RuntimeError as error:
             self._count_failure(error, last)
         return True
+
+    def save_now(self, step: int) -> None:
+        """Save everything after optimizer step `step` if no save has, due or not. For a run that has to stop. Collective.
+
+        Raises:
+            RuntimeError: saving failed.
+        """
+        self.wait()
+        if self.saves and self._saved_step != step:
+            self._save(step)
 
     def save_seed(self) -> None:
         """Save the weights as they are as step 0, for other runs to begin from.
@@ -210,6 +223,7 @@ class CheckpointManager:
     def _count_failure(self, error: RuntimeError, last: bool = False) -> None:
         """Let training go on after a failed save, unless there were too many. All ranks count alike."""
         self._failed_in_a_row += 1
+        self._saved_step = -1
         allowed = self._section.max_failed_saves
         if last or self._failed_in_a_row > allowed:
             raise RuntimeError(

@@ -119,3 +119,20 @@ def _read_resident_bytes() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def use_device(local_rank: int) -> torch.device:
+    """Return this process's device, made the current one: a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: more processes on this host than it has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"process {local_rank} of this host has no GPU: there are {count}. Start at most {count} (NGPU)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trainer.components.host_copy import HostCopy
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,8 +25,7 @@ class NonFiniteError(RuntimeError):
 @dataclass
 class _Verdict:
     step: int
-    values: Tensor  # skip, loss, gradient norm; in host memory
-    ready: torch.cuda.Event | None
+    values: HostCopy  # skip, loss, gradient norm
     batch: dict[str, Any]
 
 
@@ -51,15 +52,7 @@ class NonFiniteGuard:
         """
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         skip = torch.where(finite, 0.0, 1.0)
-        values = torch.stack([skip, loss.float(), grad_norm.float()]).detach()
-        ready = None
-        if values.is_cuda:
-            host = torch.empty(3, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-            values = host
-        self._pending = _Verdict(step, values, ready, batch)
+        self._pending = _Verdict(step, HostCopy(torch.stack([skip, loss.float(), grad_norm.float()])), batch)
         return skip
 
     def settle(self) -> bool:
@@ -71,9 +64,7 @@ class NonFiniteGuard:
         verdict, self._pending = self._pending, None
         if verdict is None:
             return False
-        if verdict.ready is not None:
-            verdict.ready.synchronize()
-        skip, loss, grad_norm = verdict.values.tolist()
+        skip, loss, grad_norm = verdict.values.read()
         if not skip:
             self._in_a_row = 0
             return False

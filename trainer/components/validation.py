@@ -24,23 +24,26 @@ class Validator:
         loss_of_batch: LossOfBatch,
         sum_over_ranks: Callable[[Tensor], Tensor],
         freq: int,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """batches: starts a pass over the data, with the same number of batches on every rank.
         loss_of_batch: batch -> summed loss and number of valid labels, 0-dim each. freq: steps between validations.
+        should_stop: asked before each batch, with the same answer on every rank: whether to break off.
         """
         self.model = model
         self.batches = batches
         self.loss_of_batch = loss_of_batch
         self.sum_over_ranks = sum_over_ranks
         self.freq = freq
+        self.should_stop = should_stop
 
     def should_run(self, step: int, *, last: bool) -> bool:
         """Whether a validation is due after this step."""
         return last or step % self.freq == 0
 
     @torch.no_grad()
-    def run(self) -> tuple[float, float]:
-        """Return the mean loss in nats per token, and the seconds it took.
+    def run(self) -> tuple[float, float] | None:
+        """Return the mean loss in nats per token, and the seconds it took; None if it was to stop.
 
         Raises:
             RuntimeError: the validation data has not one valid label.
@@ -50,6 +53,8 @@ class Validator:
         totals: Tensor | None = None
         try:
             for batch in self.batches():
+                if self.should_stop():
+                    return None
                 loss_sum, valid = self.loss_of_batch(batch)
                 pair = torch.stack([loss_sum.double(), valid.double()])
                 totals = pair if totals is None else totals + pair

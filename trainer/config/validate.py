@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from trainer.config.changes import MODEL_ARGS
+from trainer.config.durations import parse_duration
 from trainer.config.errors import Problem
 from trainer.config.fields import get_leaves, get_value, show, suggest
 from trainer.config.ranges import find_range_problems
@@ -94,6 +95,11 @@ def _check_job(config: JobConfig) -> Iterator[Problem]:
         yield Problem(f"{key} = {folder}: {existing} is a file. Name a folder.", (key,))
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Problem(f"{key} = {folder}: no permission to write in {existing}. Name another folder.", (key,))
+    limit = config.job.time_limit
+    if limit is not None and not parse_duration(limit):
+        yield Problem(
+            f"job.time_limit = {limit}: must be a time above 0, such as 3:50:00 or 1-12:00:00.", ("job.time_limit",)
+        )
     save_key, save_file = "job.save_config_file", config.job.save_config_file
     if save_file is not None and not save_file.strip():
         yield Problem(f'{save_key} = "": must not be empty. Leave it out: config.toml is always written.', (save_key,))

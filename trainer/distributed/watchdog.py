@@ -16,12 +16,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch.distributed as dist
 
 from trainer.config.schema_parallel import CommConfig
+from trainer.distributed.stop_signals import StopRequestedError, StopSignals
 from trainer.distributed.watchdog_host import Bell, get_process_namespace, get_process_state
 from trainer.distributed.watchdog_message import Cause, describe, describe_lost_store, find_cause, has_answered
 from trainer.distributed.watchdog_report import (
@@ -53,7 +54,20 @@ class Watchdog(AbstractContextManager):
     `progress` is all that the training thread pays: one attribute. An error that leaves the `with` block is explained.
     """
 
-    def __init__(self, comm: CommConfig) -> None:
+    def __init__(
+        self,
+        comm: CommConfig,
+        *,
+        signals: StopSignals | None = None,
+        on_leave: Callable[[str | None], None] | None = None,
+    ) -> None:
+        """signals: what handles SIGTERM, if the program does. on_leave: called on the watchdog's thread right before it ends the
+        process for a SIGTERM, with what is known of a death or stall behind it.
+        """
+        self.signals = signals
+        self.on_leave = on_leave
+        self.message: str | None = None
+        """What was last found out about a death or a stall."""
         self._heartbeat_seconds: float = comm.heartbeat_seconds
         self._timeout: float = comm.init_timeout_seconds
         self._at = (0, "start", time.time())
@@ -63,7 +77,8 @@ class Watchdog(AbstractContextManager):
         """Begin to watch. Call it before the process group is made, so that a rank that never comes is named too.
 
         store: that of the process group; the watchdog clones it. On the main thread SIGTERM is held up until the cause
-        has been looked for, unless the program handles it: launchers end the survivors of a death with it, at once.
+        has been looked for, unless the program handles it: launchers end the survivors of a death with it, at once. Where
+        `signals` handles it, the watchdog ends the process in that case alone, and leaves a mere request to stop to the program.
         """
         if world_size > 1 and self._heartbeat_seconds and self._watch is None:
             self._at = (0, "start", time.time())
@@ -121,7 +136,7 @@ class _Watch:
         self._world_size = world_size
         self._host, self._namespace = socket.gethostname(), get_process_namespace()
         self._line = StoreLine(store, timeout=max(watchdog.interval, 1.0))
-        self._bell = Bell()
+        self._bell = Bell(watchdog.signals)
         self._is_closing = False
         # Why this rank ends, if it does: set by the training thread.
         self._end = ""
@@ -164,8 +179,11 @@ class _Watch:
             self._bell.ring()
             wait_until(lambda: self._is_settled.is_set(), self._watchdog.interval + self._answer_seconds + 1.0)
             return self._message
-        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-        self._end = "Ctrl-C" if interrupted else f"failed: {_first_line(error)}"
+        if isinstance(error, StopRequestedError):
+            self._end = "SIGTERM"
+        else:
+            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+            self._end = "Ctrl-C" if interrupted else f"failed: {_first_line(error)}"
         with contextlib.suppress(NoAnswerError):
             self._line.post(self._make_report())
         return None
@@ -195,7 +213,7 @@ class _Watch:
             while not self._is_closing:
                 self._look()
                 self._bell.rest(self._watchdog.interval)
-                if self._bell.is_terminated:
+                if self._bell.is_terminated and self._must_leave():
                     self._leave()
         except Exception:
             if not self._is_closing:
@@ -375,7 +393,7 @@ class _Watch:
             self._settle(message)
 
     def _settle(self, message: str) -> None:
-        self._message = message
+        self._message = self._watchdog.message = message
         self._is_settled.set()
 
     def _tell_of_store(self) -> None:
@@ -388,6 +406,18 @@ class _Watch:
             logger.error(message)
         self._settle(message)
 
+    def _must_leave(self) -> bool:
+        """Return whether SIGTERM ends this process: unless the training thread sees to it, and can since nobody has died."""
+        signals = self._watchdog.signals
+        if signals is None or not (signals.is_installed and signals.is_polled):
+            return True
+        if self._end or self._is_settled.is_set() or self._find_dead_neighbours():
+            return True
+        try:
+            return self._line.has(self._key("message"))
+        except NoAnswerError:
+            return False  # the host of the store may have ended in good order before this rank
+
     def _leave(self) -> None:
         """End this process, which SIGTERM asks for; tell why, if that is a death on this host."""
         has_failed = bool(self._end)
@@ -399,8 +429,12 @@ class _Watch:
                 cause, reports = self._gather(here, seconds=_GRACE_SECONDS, only_certain=True)
                 if cause is not None:
                     self._say(cause, reports)
+            told = self._line.get(self._key("message"))
+            self._message = self._message if told is None else told.decode()
         except NoAnswerError:
             pass  # nobody can tell a death from an end on demand
+        if self._watchdog.on_leave is not None:
+            self._watchdog.on_leave(self._message)
         self._bell.die()
 
 

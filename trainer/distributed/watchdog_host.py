@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from typing import Literal
 
+from trainer.distributed.stop_signals import StopSignals
+
 
 def get_process_namespace() -> int:
     """Return a number that is the same for processes that see each other's ids. 0: not known."""
@@ -33,25 +35,28 @@ def get_process_state(pid: int) -> Literal["running", "stopped", "gone"]:
 class Bell:
     """Wakes a thread that rests, when rung and when SIGTERM comes.
 
-    Made on the main thread, in a program that leaves SIGTERM alone, it holds that signal up: the thread that rests sees
-    it at once, even while the main thread is in C code and no handler in Python could run, and ends the process by
-    `die`.
+    Made on the main thread, in a program that leaves SIGTERM alone or handles it by `signals`, it hears of that signal: the
+    thread that rests sees it at once, even while the main thread is in C code and no handler in Python could run, and ends
+    the process by `die` if that is called for. In a program that leaves SIGTERM alone nothing else ends it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: StopSignals | None = None) -> None:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        self._signals = signals
         self._catches = False
         self.is_terminated = False
         """Whether SIGTERM has come."""
         on_main_thread = threading.current_thread() is threading.main_thread()
-        if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if on_main_thread and (is_default or self._is_handled_by_signals()):
             other = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             if other != -1:  # an event loop of the program's
                 signal.set_wakeup_fd(other)
                 return
-            signal.signal(signal.SIGTERM, _wait_for_the_thread)
+            if is_default:
+                signal.signal(signal.SIGTERM, _wait_for_the_thread)
             self._catches = True
             # A child that is terminated would ring its parent's bell.
             os.register_at_fork(
@@ -70,9 +75,8 @@ class Bell:
             with contextlib.suppress(BlockingIOError):
                 came = signal.SIGTERM in self._reader.recv(4096)
                 # The program may have taken the signal since.
-                self.is_terminated |= (
-                    came and self._catches and signal.getsignal(signal.SIGTERM) is _wait_for_the_thread
-                )
+                is_ours = signal.getsignal(signal.SIGTERM) is _wait_for_the_thread or self._is_handled_by_signals()
+                self.is_terminated |= came and self._catches and is_ours
 
     def die(self) -> None:
         """End the process as SIGTERM does where nobody handles it."""
@@ -83,6 +87,9 @@ class Bell:
         """Let SIGTERM end the process again. For the thread that rests, which may not call signal.signal()."""
         if self._catches:
             ctypes.pythonapi.PyOS_setsig(int(signal.SIGTERM), None)
+
+    def _is_handled_by_signals(self) -> bool:
+        return self._signals is not None and self._signals.is_installed
 
     def close(self) -> None:
         """Give SIGTERM back, unless the program has taken it meanwhile. Call it where the bell was made."""
