@@ -6,6 +6,8 @@
 #   LOG_RANK     ranks whose log is shown, such as 0 or 0,8 (default 0). Warnings and errors of every rank are always shown.
 #   NNODES       hosts (default 1). With more than one, on each of them either MASTER_ADDR, MASTER_PORT and NODE_RANK, or
 #                RDZV_ENDPOINT (host:port of one of them) and RDZV_ID.
+#   MAX_RESTARTS how often to start again in place after a failure (default 0); so does the argument --max-restarts N. With
+#                checkpoint.enable the run goes on from its newest checkpoint.
 #   BLOOMERY_INSTALL  0: never install packages (the default inside a SLURM job and on several hosts), 1: always may.
 #
 # Every argument overrides a setting: ./run_train.sh --training.steps 200 --compile.enable. All of them: ./run_train.sh --help
@@ -50,7 +52,7 @@ set_launch() { # fills LAUNCH, the arguments of torchrun
     else
         die "NNODES=$NNODES needs MASTER_ADDR and NODE_RANK (and MASTER_PORT), or RDZV_ENDPOINT (and RDZV_ID), on each host"
     fi
-    LAUNCH+=(--nproc_per_node "$NGPU" --max_restarts 0)
+    LAUNCH+=(--nproc_per_node "$NGPU" --max_restarts "$MAX_RESTARTS")
 }
 
 wants_answer() { # whether the arguments ask for an answer and not for a run
@@ -64,6 +66,27 @@ wants_answer() { # whether the arguments ask for an answer and not for a run
     done
     return 1
 }
+
+take_max_restarts() { # takes --max-restarts N out of the arguments, which are for the program; the rest goes to WORDS
+    WORDS=()
+    while (($#)); do
+        case "$1" in
+        --max-restarts | --max_restarts)
+            (($# > 1)) || die "--max-restarts: how many? Such as --max-restarts 3"
+            MAX_RESTARTS="$2"
+            shift
+            ;;
+        --max-restarts=* | --max_restarts=*) MAX_RESTARTS="${1#*=}" ;;
+        *) WORDS+=("$1") ;;
+        esac
+        shift
+    done
+}
+
+MAX_RESTARTS="${MAX_RESTARTS:-0}"
+take_max_restarts "$@"
+set -- ${WORDS[@]+"${WORDS[@]}"}
+[[ "$MAX_RESTARTS" =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS: must be a whole number"
 
 GPUS="$(count_gpus)"
 NGPU="${NGPU:-$((GPUS > 0 ? GPUS : 1))}"
@@ -99,4 +122,6 @@ if ((GPUS > 0)) && [[ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]
 fi
 
 echo "Launching $NGPU process(es) on $NNODES host(s), $GPUS GPU(s) here: ${ARGS[*]}"
+# A stop signal is for the program, which saves. SIGUSR1 would kill the launcher and leave the processes behind.
+trap '' USR1
 exec "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m trainer.train "${ARGS[@]}"

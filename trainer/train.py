@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.components.launch import Launch
 from trainer.components.logging_setup import setup_logging
 from trainer.components.run_status import RunStatus
 from trainer.config.durations import parse_duration
@@ -80,13 +81,16 @@ def _train(
 
     from trainer.components.metric_writers import WANDB_NAMES
     from trainer.distributed.watchdog import Watchdog
-    from trainer.trainer import Launch, Trainer
+    from trainer.trainer import Trainer
 
     config = loaded.config
     launch = Launch(
         rank=rank,
         local_rank=int(environment.get("LOCAL_RANK", 0)),
         world_size=world_size,
+        is_restart=any(
+            environment.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        ),
         seconds_left=_get_seconds_left(config.job.time_limit, environment) if rank == 0 else None,
         # Not the API key, which the package reads for itself: what is here may end up in a report.
         wandb_variables={name: environment[name] for name in WANDB_NAMES if name in environment},

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,22 @@ from models.registry import get_model_spec
 from trainer.components.attention_report import log_attention_kernel
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
+from trainer.components.data.mixture import measure_sources
 from trainer.components.determinism import set_determinism
 from trainer.components.expert_balance import build_expert_balance
 from trainer.components.garbage_collection import GarbageCollection
 from trainer.components.hardware import use_device
+from trainer.components.launch import Launch
 from trainer.components.loss import build_loss
 from trainer.components.lr_scheduler import build_lr_scheduler
 from trainer.components.metrics import MetricsLogger, Workload
-from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard
+from trainer.components.nonfinite import NonFiniteError, RollBackError, build_nonfinite_guard
 from trainer.components.optimizer import build_optimizer
 from trainer.components.passes import Passes, build_passes
+from trainer.components.poisoned import PoisonedBatches
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
-from trainer.components.stopping import Deadline, Stopper
+from trainer.components.stopping import build_stopper
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.train_state import TrainState
 from trainer.components.validation import Validator
@@ -48,18 +52,6 @@ from trainer.parallelize import parallelize
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What the launcher and the environment say about this process."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    seconds_left: float | None = None
-    """Until the time of this process is over. None: not limited, or another rank keeps it."""
-    wandb_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
 class Trainer(AbstractContextManager):
     """One run: its parts, and the loop over steps. Use it in a `with` statement, which closes what the parts hold open."""
 
@@ -68,12 +60,13 @@ class Trainer(AbstractContextManager):
     ) -> None:
         """Build all parts. Collective: every rank calls it. signals: what asks this process to stop."""
         self.watchdog = watchdog
-        self.signals = signals
         self.config = config
         self.launch = launch
         self.dump_folder = Path(config.job.dump_folder)
         self.seed = config.debug.seed or 0
-        self.nonfinite = self._build_nonfinite_guard()
+        self.nonfinite = build_nonfinite_guard(
+            training=config.training, streams=config.data.streaming, dump_folder=self.dump_folder, rank=launch.rank
+        )
         self.state = TrainState(nonfinite=self.nonfinite)
         self.dims = ParallelDims.from_config(config.parallelism, launch.world_size)
         self.device = use_device(launch.local_rank)
@@ -92,9 +85,14 @@ class Trainer(AbstractContextManager):
             needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
             watchdog=watchdog,
         )
-        self.stopper = self._build_stopper()
+        self.stopper = build_stopper(signals=signals, seconds_left=launch.seconds_left, device=self.device)
         self.dims.build_mesh(self.device.type)
         self._check_same_on_all_ranks()
+        self.nonfinite.poisoned = PoisonedBatches(
+            self.dump_folder,
+            fingerprint=self.dataloader.fingerprint,
+            batch_size=self.dataloader.shape.global_batch_size,
+        )
 
         self.model_args, self.model, stages, names = self._build_model()
         self.passes = self._build_passes(stages)
@@ -181,26 +179,38 @@ class Trainer(AbstractContextManager):
                 "nothing is left to do: step %d is done, and training.steps = %d. Raise it to go on, or choose another "
                 "job.dump_folder to begin anew", self.state.step, steps,
             )  # fmt: skip
+        if self.launch.is_restart:
+            self.nonfinite.refuse_hopeless(self.dataloader.sequences)
         stops = self.stopper.agree()
         while self.state.step < steps and not stops:
-            self.train_step()
-            if self.state.step == self._first_step + 1:
-                # From here on no collective waits for compilation, whatever the step that the run began at.
-                set_timeouts(self.dims, self.config.comm.train_timeout_seconds)
-                self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
-                self.stopper.agree()
-            self._after_step()
+            try:
+                self._take_step()
+            except RollBackError as error:
+                self._roll_back(error)
             stops = bool(self.stopper.reason)
         self._settle_nonfinite()
         if stops:
             self._save_before_stop()
+
+    def _take_step(self) -> None:
+        """Take a step, or pass over one whose batch is known to be bad, and do what is due after it."""
+        if self.nonfinite.passes_over(self.dataloader.sequences):
+            self._pass_over_step()
+        else:
+            self.train_step()
+        if self.state.step == self._first_step + 1:
+            # From here on no collective waits for compilation, whatever the step that the run began at.
+            set_timeouts(self.dims, self.config.comm.train_timeout_seconds)
+            self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
+            self.stopper.agree()
+        self._after_step()
 
     def train_step(self) -> None:
         """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
         self._come_to("data")
         self.optimizers.zero_grad()
         self.prediction_losses.begin_step()
-        position = self.dataloader.position()
+        position, sequence = self.dataloader.position(), self.dataloader.sequences
         batches = [self._next_batch() for _ in range(self.dataloader.microbatches_per_step)]
         valid_tokens = self._sum_over_ranks(sum_of([self.passes.count_labels(batch) for batch in batches]))
         losses = []
@@ -216,7 +226,7 @@ class Trainer(AbstractContextManager):
         self.stopper.settle()
         self.stopper.read_later(wishes)
         self.state.step += 1
-        skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position)
+        skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position, sequence=sequence)
         self.checkpointer.maybe_wait_for_staging()
         self.expert_balance.update(skip)
         lr = self.lr_scheduler.get_last_lr()[0]
@@ -229,6 +239,31 @@ class Trainer(AbstractContextManager):
         self.state.tokens_seen = self.metrics.tokens_seen
         self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr, extra=extra)
 
+    def _pass_over_step(self) -> None:
+        """Count a step and use up its batch, without an update: as a step that is skipped for what comes of it, and that is known."""
+        self._come_to("data")
+        for _ in range(self.dataloader.microbatches_per_step):
+            self._next_batch()
+        self._settle_nonfinite()
+        self.stopper.settle()
+        self.state.step += 1
+        self.nonfinite.pass_over(self.state.step)
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        self.state.tokens_seen = self.metrics.tokens_seen
+        self.metrics.log(self.state.step, loss=math.nan, grad_norm=math.nan, lr=lr)
+        self.metrics.event("skip", self.state.step, skipped=self.nonfinite.total_skipped)
+
+    def _roll_back(self, error: RollBackError) -> None:
+        """Go back to the last checkpoint. The batch that failed is passed over on the way."""
+        logger.warning("%s. Rolling back", error, extra={"same_on_all_ranks": True})
+        failed = self.state.step
+        self.watchdog.progress(failed, "checkpoint")
+        self.expert_balance.forget()
+        if not self.checkpointer.load_newest():
+            raise NonFiniteError(f"{error}. There is no checkpoint yet to go back to") from error
+        self.metrics.rewind(self.state.step, tokens_seen=self.state.tokens_seen, failed_step=failed)
+
     def _come_to(self, phase: str) -> None:
         """Tell the watchdog of progress within the step that is under way."""
         self.watchdog.progress(self.state.step + 1, phase)
@@ -237,13 +272,7 @@ class Trainer(AbstractContextManager):
         """Return what the curves show beside loss, norm and speed. The learning rates are those of the coming update."""
         rates = self.optimizers.get_learning_rates()
         lrs = {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {}
-        return {**self._measure_sources(), **lrs, **self.expert_balance.measure()}
-
-    def _measure_sources(self) -> dict[str, float]:
-        """Return tokens and epochs of each source of the data up to here."""
-        sources = self.dataloader.describe().items()
-        tokens = {f"source_tokens/{name}": float(progress.tokens) for name, progress in sources}
-        return tokens | {f"source_epochs/{name}": progress.epochs for name, progress in sources}
+        return {**measure_sources(self.dataloader.describe()), **lrs, **self.expert_balance.measure()}
 
     def _next_batch(self) -> dict[str, Tensor]:
         """Return this rank's next microbatch, on its device."""
@@ -288,12 +317,6 @@ class Trainer(AbstractContextManager):
             self.profiler.step(step)
         self.garbage_collection.step(step)
 
-    def _agree_on_elapsed_seconds(self) -> float:
-        """Return the same time on all ranks: what differs by rank could not be resumed on another number of them."""
-        elapsed = torch.tensor(self.metrics.get_elapsed_seconds(), dtype=torch.float32, device=self.device)
-        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-        return elapsed.item()
-
     def _report_saves(self) -> None:
         """Note the saves that have ended, in the background too: what each cost, or that it failed."""
         for report in self.checkpointer.take_reports():
@@ -322,14 +345,13 @@ class Trainer(AbstractContextManager):
         self._settle_nonfinite()
         self.watchdog.progress(self.state.step, "checkpoint")
         with self.metrics.pause():
-            self.state.elapsed_seconds = self._agree_on_elapsed_seconds()
+            self.state.elapsed_seconds = self.metrics.agree_on_elapsed_seconds()
             yield
 
     def _save_before_stop(self) -> None:
         """Save the last step that was taken, so that the run can go on from it."""
-        if self.state.step > self._first_step:
-            with self._saving():
-                self.checkpointer.save_now(self.state.step)
+        with self._saving():
+            self.checkpointer.save_now(self.state.step)
 
     def _finish(self) -> None:
         self.checkpointer.close()
@@ -338,17 +360,6 @@ class Trainer(AbstractContextManager):
         self.metrics.close(checkpoint=self.dump_folder / section.folder if section.enable else None)
 
     # --- the parts ---
-
-    def _build_stopper(self) -> Stopper:
-        if self.signals is not None:
-            self.signals.is_polled = True
-        seconds = self.launch.seconds_left
-        return Stopper(
-            signals=self.signals,
-            deadline=None if seconds is None else Deadline(seconds),
-            reduce_=dist.all_reduce,
-            device=self.device,
-        )
 
     def _build_dataloader(self) -> Any:
         return build_dataloader(training=self.config.training, seed=self.seed, **self._get_loader_options())
@@ -440,17 +451,6 @@ class Trainer(AbstractContextManager):
         batch = self.dataloader.shape.global_batch_size
         settings = describe_settings(self.config, self.model_args, global_batch_size=batch)
         return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder, settings=settings)
-
-    def _build_nonfinite_guard(self) -> NonFiniteGuard:
-        training, rank = self.config.training, self.launch.rank
-        # Each rank of a stream has a place of its own; that of indexed data is the same on all.
-        streams = self.config.data.streaming
-        return NonFiniteGuard(
-            policy=training.nonfinite_policy,
-            max_skips=training.nonfinite_max_skips,
-            record_path=self.dump_folder / (f"nonfinite.rank_{rank}.jsonl" if streams else "nonfinite.jsonl"),
-            is_writer=streams or rank == 0,
-        )
 
     def _build_metrics(self) -> MetricsLogger:
         config = self.config

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ keep_latest_k = 0
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that turns not finite in the first microbatch of some steps, on one rank. kind: `loss` or `gradient`."""
+    """What goes wrong in the first microbatch of some steps, on one rank. kind: a `loss` or `gradient` that is not finite, or a `spike`."""
 
     steps: tuple[int, ...]
     kind: str = "loss"
@@ -116,10 +117,20 @@ class Run:
         self.config_file.write_text(CONFIG.replace("FOLDER", str(folder)))
         self.dump_folder = folder / "run"
 
-    def __call__(self, world_size: int, *overrides: str, keep: tuple[int, ...] = (), fault: Fault | None = None):
-        """Start `main` on some ranks; return each rank's account, with the states after the steps in `keep`."""
+    def __call__(
+        self,
+        world_size: int,
+        *overrides: str,
+        keep: tuple[int, ...] = (),
+        fault: Fault | None = None,
+        variables: Mapping[str, str] | None = None,
+    ):
+        """Start `main` on some ranks; return each rank's account, with the states after the steps in `keep`.
+
+        variables: further ones of the environment that `main` is given.
+        """
         argv = ["--job.config_file", str(self.config_file), *overrides]
-        return run_distributed(run_main, world_size, argv, keep, fault)
+        return run_distributed(run_main, world_size, argv, keep, fault, dict(variables or {}))
 
     def clone(self, name: str) -> "Run":
         """Return another run beside this one, which shares its token files."""
@@ -145,7 +156,7 @@ class Run:
         return [line[key] for line in self.lines()]
 
 
-def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None) -> Account:
+def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None, variables: Mapping[str, str]) -> Account:
     """Run `main` on this rank of the test's process group."""
     from trainer import trainer as trainer_module
     from trainer.train import main
@@ -161,7 +172,7 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None) -> Acc
         write_manifest(*args)
 
     probe = _make_probe(account, keep, fault if fault is not None and fault.rank == rank else None)
-    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), **SECRETS}
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), **SECRETS, **variables}
     with (
         tempfile.TemporaryFile("w+") as stdout,
         tempfile.TemporaryFile("w+") as stderr,
@@ -218,7 +229,9 @@ def _make_probe(account: Account, keep: tuple[int, ...], fault: Fault | None) ->
                 hit = fault is not None and torch.is_grad_enabled() and self._is_first_microbatch
                 self._is_first_microbatch = False
                 if hit and self.state.step + 1 in fault.steps:
-                    return loss * float("nan") if fault.kind == "loss" else _PoisonGradient.apply(loss)
+                    if fault.kind == "gradient":
+                        return _PoisonGradient.apply(loss)
+                    return loss * (float("nan") if fault.kind == "loss" else 50.0)
                 return loss
 
             passes.loss_fn = spoiled

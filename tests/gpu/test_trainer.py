@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from models.common.attention import build_document_mask
 from tests.distributed.harness import run_distributed
 from trainer.components import passes as passes_module
+from trainer.components.hardware import use_device
 from trainer.components.metric_writers import METRICS_FILE, read_metrics
 from trainer.config.manager import load_config
 from trainer.distributed.watchdog import Watchdog
 from trainer.preflight import check
-from trainer.trainer import Launch, Trainer, _use_device
+from trainer.trainer import Launch, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -242,4 +243,4 @@ def test_running_out_of_memory_leaves_a_snapshot(faults: dict[str, Any], folder:
 def test_more_processes_than_gpus_are_refused() -> None:
     count = torch.cuda.device_count()
     with pytest.raises(ValueError, match=f"there are {count}"):
-        _use_device(count)
+        use_device(count)

@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from trainer.components.data.mixture import SourceProgress
+from trainer.components.data.mixture import SourceProgress, measure_sources
 from trainer.components.nonfinite import NonFiniteError
 from trainer.config.schema import JobConfig
 from trainer.trainer import Trainer
@@ -19,6 +19,7 @@ def trainer() -> Trainer:
     bare.state = SimpleNamespace(step=7)
     for part in ("checkpointer", "dataloader", "garbage_collection", "metrics", "nonfinite", "profiler", "watchdog"):
         setattr(bare, part, MagicMock(name=part))
+    bare.stopper = SimpleNamespace(reason="")
     bare.validator = bare.validation_loader = None
     bare.checkpointer.should_save.return_value = False
     bare.profiler.is_due.return_value = False
@@ -42,8 +43,8 @@ def test_save_in_the_background_is_finished_when_all_ranks_stop_alike(
     trainer.metrics.close.assert_called_once()
 
 
-def test_tokens_and_epochs_of_each_source_are_named(trainer: Trainer) -> None:
-    trainer.dataloader.describe.return_value = {"a": SourceProgress(2, 16, 0.5), "b": SourceProgress(1, 8, 3.0)}
-    assert trainer._measure_sources() == {
+def test_tokens_and_epochs_of_each_source_are_named() -> None:
+    progress = {"a": SourceProgress(2, 16, 0.5), "b": SourceProgress(1, 8, 3.0)}
+    assert measure_sources(progress) == {
         "source_tokens/a": 16, "source_tokens/b": 8, "source_epochs/a": 0.5, "source_epochs/b": 3.0,
     }  # fmt: skip

@@ -92,7 +92,8 @@ class CheckpointManager:
         self._pending: Save | None = None
         self._pinned_stager: DefaultStager | None = None
         self._failed_in_a_row = 0
-        self._saved_step = -1  # of the newest save that has not failed, be it in the background
+        # Of the newest checkpoint of this process, loaded or saved, be it in the background.
+        self._saved_step = -1
         if self.saves:
             self._ranks.together(f"take the folder {self._folder}", self._on_rank_0(self._take_folder))
 
@@ -116,7 +117,18 @@ class CheckpointManager:
         resumed_at = self._reader.load(step if step >= 0 else self._section.load_step)
         if self._section.async_mode == "async_with_pinned_mem" and self.saves:
             self._pin_memory()
+        self._saved_step = resumed_at or -1
         return resumed_at
+
+    def load_newest(self) -> bool:
+        """Go back to the newest checkpoint that this process saved or began from; return whether there is one. Collective.
+
+        Raises:
+            ValueError: it is gone or damaged.
+            RuntimeError: reading failed.
+        """
+        self.wait()
+        return self._saved_step > 0 and self.load(self._saved_step) is not None
 
     def should_save(self, step: int, last: bool = False) -> bool:
         """Return whether a checkpoint is due after optimizer step `step`, counted from 1. last: the run ends here."""
@@ -154,7 +166,7 @@ class CheckpointManager:
             RuntimeError: saving failed.
         """
         self.wait()
-        if self.saves and self._saved_step != step:
+        if self.saves and step > 0 and self._saved_step != step:
             self._save(step)
 
     def save_seed(self) -> None:

@@ -59,6 +59,11 @@ class ExpertBalance:
             mixture.tokens_per_expert.zero_()
         self._counts = counts
 
+    def forget(self) -> None:
+        """Begin to count anew, without the step that is under way."""
+        for mixture in self.layers.values():
+            mixture.tokens_per_expert.zero_()
+
     def measure(self) -> dict[str, Tensor]:
         """Return how even the load of the last step was, for the worst layer and by layer: 0-dim each, still on the device.
 

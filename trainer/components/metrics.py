@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainer.components.hardware import MemoryMonitor, MemoryUse, get_device_name, get_peak_flops
 from trainer.components.metric_writers import METRICS_FILE, MetricWriter, build_writers
@@ -136,6 +137,22 @@ class MetricsLogger:
     def get_elapsed_seconds(self) -> float:
         """Return the time since the first step of the run, without that between a stop and a resume."""
         return self._elapsed_before + time.perf_counter() - self._began
+
+    def agree_on_elapsed_seconds(self) -> float:
+        """Return that time, the same on all ranks: what differs by rank could not be resumed on another number of them. Collective."""
+        elapsed = torch.tensor(self.get_elapsed_seconds(), dtype=torch.float32, device=self._device)
+        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+        return elapsed.item()
+
+    def rewind(self, step: int, *, tokens_seen: int, failed_step: int) -> None:
+        """Go on from an earlier step of this process. Readers of the file leave out the records after it, as at a resume.
+
+        tokens_seen: of all ranks up to there. failed_step: the step that was the reason.
+        """
+        self.tokens_seen = tokens_seen
+        self.event("rollback", step, failed_step=failed_step)
+        self.event("resume", step, quiet=True, tokens_seen=tokens_seen)
+        self._open_window(step, time.perf_counter())
 
     def _open_files(self, step: int, tokens_seen: int) -> None:
         variables, run_config = self._wandb

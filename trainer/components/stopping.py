@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainer.components.host_copy import HostCopy
@@ -118,3 +119,14 @@ class Stopper:
         """Sum up the wishes of now and heed them. Return whether the run stops. Collective; the host waits for it."""
         self.poll()
         return self.settle()
+
+
+def build_stopper(*, signals: StopSignals | None, seconds_left: float | None, device: torch.device) -> Stopper:
+    """Return the stopper of a run whose process group is up: from here on signals are asked for, and interrupt nothing.
+
+    seconds_left: until the time of this process is over. None: not limited, or another rank keeps it.
+    """
+    if signals is not None:
+        signals.is_polled = True
+    deadline = None if seconds_left is None else Deadline(seconds_left)
+    return Stopper(signals=signals, deadline=deadline, reduce_=dist.all_reduce, device=device)

@@ -73,6 +73,8 @@ RANGES: dict[str, Range] = {
     "training.gc_freq": _COUNT_OR_NONE,
     "training.loss_chunk_size": _COUNT_OR_NONE,
     "training.nonfinite_max_skips": _COUNT_OR_NONE,
+    "training.spike_window": Range(low=16, high=10000),
+    "training.spike_threshold": Range(above=0),
     "training.dataloader.num_workers": _COUNT_OR_NONE,
     "training.dataloader.prefetch_factor": _COUNT,
     "data.prepare_workers": _COUNT_OR_NONE,

@@ -156,10 +156,16 @@ class TrainingConfig:
     """Log what each garbage collection finds."""
     loss_chunk_size: int = 4096
     """Tokens for which logits are held at a time. 0: all of a microbatch."""
-    nonfinite_policy: Literal["stop", "skip"] = "stop"
-    """When loss or gradient is not finite no rank updates. Then: stop the run, or go on with the next batch."""
+    nonfinite_policy: Literal["stop", "skip", "rollback"] = "stop"
+    """When loss or gradient is not finite no rank updates. Then: stop the run, go on with the next batch, or go back to the last checkpoint and leave the batch out."""
     nonfinite_max_skips: int = 10
-    """Steps in a row that may be skipped before the run stops all the same."""
+    """Steps in a row that may be skipped, and rollbacks, before the run stops all the same."""
+    spike_policy: Literal["off", "warn", "stop", "skip", "rollback"] = "warn"
+    """What to do at a finite loss far above those before it. skip leaves the step out, on the device; rollback as in `nonfinite_policy`."""
+    spike_window: int = 128
+    """Losses that a spike is told by: those of the last steps that counted."""
+    spike_threshold: float = 10.0
+    """A spike is this many deviations (1.4826 median absolute deviations) above the median of the window."""
     dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
 
 

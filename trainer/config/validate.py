@@ -210,6 +210,16 @@ def _check_credentials(config: JobConfig) -> Iterator[Problem]:
 _CREDENTIALS = re.compile(r"://[^/\s'\"]*@|://\S*[?&](?:[^=&]*(?:key|secret|token|password|sig)[^=&]*)=", re.IGNORECASE)
 
 
+def _check_rollback(config: JobConfig) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    for key in ("training.nonfinite_policy", "training.spike_policy"):
+        if get_value(config, key) == "rollback" and not (checkpoint.enable and not checkpoint.load_only):
+            message = (
+                f"{key} = rollback: needs checkpoints to go back to (checkpoint.enable = true, and not load_only)."
+            )
+            yield Problem(f"{message} Set them, or take skip.", (key, "checkpoint.enable", "checkpoint.load_only"))
+
+
 def _check_compile(config: JobConfig) -> Iterator[Problem]:
     if config.compile.enable and not config.compile.components:
         keys = ("compile.components", "compile.enable")
@@ -292,6 +302,7 @@ _RULES: tuple[Rule, ...] = (
     _check_optimizer,
     _check_data,
     _check_checkpoint,
+    _check_rollback,
     _check_places,
     _check_credentials,
     _check_compile,

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard
+from trainer.components.loss_window import LossWindow
+from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard, RollBackError
 
 GOOD, NAN, INF = 2.5, math.nan, math.inf
 BATCH = {"first_sequence": 16, "sequences": 8}
@@ -15,9 +16,14 @@ BATCH = {"first_sequence": 16, "sequences": 8}
 
 @pytest.fixture
 def make_guard(tmp_path):
-    def make(policy="skip", max_skips=2, is_writer=True):
+    def make(policy="skip", max_skips=2, is_writer=True, spike_policy="off"):
         return NonFiniteGuard(
-            policy=policy, max_skips=max_skips, record_path=tmp_path / "nonfinite.jsonl", is_writer=is_writer
+            policy=policy,
+            max_skips=max_skips,
+            record_path=tmp_path / "nonfinite.jsonl",
+            is_writer=is_writer,
+            spike_policy=spike_policy,
+            window=LossWindow(size=32, threshold=10.0),
         )
 
     return make
@@ -127,3 +133,46 @@ def test_counts_go_on_after_a_resume(make_guard):
     judge(second, 3, NAN)
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         second.settle()
+
+
+def fill_window(guard):
+    for step in range(1, 21):
+        assert judge(guard, step).item() == 0.0
+        assert guard.settle() is False
+
+
+@pytest.mark.parametrize(
+    ("spike_policy", "skips", "outcome"),
+    [
+        ("off", 0.0, False),
+        ("warn", 0.0, False),
+        ("skip", 1.0, True),
+        ("stop", 1.0, NonFiniteError),
+        ("rollback", 1.0, RollBackError),
+    ],
+)
+def test_spike_is_treated_by_its_own_policy(make_guard, spike_policy, skips, outcome, caplog):
+    guard = make_guard(spike_policy=spike_policy)
+    fill_window(guard)
+    assert judge(guard, 21, 30.0).item() == skips
+    if isinstance(outcome, bool):
+        assert guard.settle() is outcome
+    else:
+        with pytest.raises(outcome, match=r"step 21: loss 30\.0"):
+            guard.settle()
+    assert ("step 21: loss 30.0000 is a spike, above 2.75" in caplog.text) is (spike_policy != "off")
+
+
+def test_rollbacks_that_do_not_help_end(make_guard):
+    guard = make_guard("rollback", max_skips=2)
+    for step in (3, 4):
+        judge(guard, step, NAN)
+        with pytest.raises(RollBackError):
+            guard.settle()
+        guard.load_state_dict(make_guard().state_dict())
+    for step in (5, 6):
+        judge(guard, step, NAN)
+        assert guard.settle() is True
+    judge(guard, 7, NAN)
+    with pytest.raises(NonFiniteError, match="2 rollbacks did not help"):
+        guard.settle()

@@ -8,7 +8,7 @@ source has had its share to within one sequence, and any place can be looked up 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,3 +179,9 @@ def _repetition_tags(sources: Sequence[MixtureSource]) -> list[str]:
         tags.append(f"#{count}" if count else "")
         seen[source.fingerprint] = count + 1
     return tags
+
+
+def measure_sources(progress: Mapping[str, SourceProgress]) -> dict[str, float]:
+    """Return tokens and epochs of each source, under the names of their curves."""
+    tokens = {f"source_tokens/{name}": float(source.tokens) for name, source in progress.items()}
+    return tokens | {f"source_epochs/{name}": source.epochs for name, source in progress.items()}

@@ -1,0 +1,69 @@
+"""Batches at which training failed, remembered across restarts, so that a run does not fail at the same one for ever."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+POISONED_FILE = "poisoned.json"
+
+
+class PoisonedBatches:
+    """The batches of a run that were not finite, or a spike, by the number of sequences before them.
+
+    The first rank reads and writes `poisoned.json`; all know the same. It is about one order of data (`fingerprint`) and one
+    size of batches; entries of another order are dropped.
+    """
+
+    def __init__(self, folder: Path, *, fingerprint: str, batch_size: int) -> None:
+        """Collective. batch_size: sequences of a step."""
+        self.path = folder / POISONED_FILE
+        self._identity = {"fingerprint": fingerprint, "batch_size": batch_size}
+        self._is_writer = not dist.is_initialized() or dist.get_rank() == 0
+        found: list[dict[int, int]] = [self._read() if self._is_writer else {}]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found, src=0)
+        self._failures = found[0]
+
+    def __contains__(self, sequence: int) -> bool:
+        """Whether training has failed at the batch that begins at this sequence of the run."""
+        return sequence in self._failures
+
+    def find_hopeless(self, sequence: int) -> int | None:
+        """Return the first batch from `sequence` on at which at least two starts of the run have failed."""
+        return min((first for first, count in self._failures.items() if first >= sequence and count > 1), default=None)
+
+    def add(self, sequence: int) -> int:
+        """Note that training failed at a batch. Return how often it has by now."""
+        self._failures[sequence] = self._failures.get(sequence, 0) + 1
+        if self._is_writer:
+            self._write()
+        return self._failures[sequence]
+
+    def _read(self) -> dict[int, int]:
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            if {key: content[key] for key in self._identity} == self._identity:
+                return {int(entry["first_sequence"]): int(entry["failures"]) for entry in content["batches"]}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s cannot be read (%s: %s), and is begun anew", self.path, type(error).__name__, error)
+        return {}
+
+    def _write(self) -> None:
+        batches = [{"first_sequence": first, "failures": count} for first, count in sorted(self._failures.items())]
+        draft = self.path.with_name(f".{POISONED_FILE}")
+        try:
+            with open(draft, "w", encoding="utf-8") as file:
+                json.dump({**self._identity, "batches": batches}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self.path)
+        except OSError as error:
+            logger.warning("%s could not be written: %s", self.path, error)
