@@ -6,6 +6,7 @@ data position) stand in the manifest. Rank 0 decides what happens to folders and
 any rank are raised on all.
 """
 
+import contextlib
 import datetime
 import logging
 import platform
@@ -213,15 +214,12 @@ class CheckpointManager:
 
         Raises:
             RuntimeError: a save in the background failed.
+            ValueError: another run took the folder.
         """
-        try:
+        with contextlib.ExitStack() as afterwards:
+            for end in (self._lock.release, self._free_pinned_memory, self._writer.close):  # the last one first
+                afterwards.callback(end)
             self._await_pending()
-        finally:
-            self._writer.close()
-            if self._pinned_stager is not None:
-                self._pinned_stager.close()
-                self._pinned_stager = None
-            self._lock.release()
 
     def release_folder(self) -> None:
         """Let another run have the folder, when this one ends by an error and nothing is being written any more."""
@@ -355,6 +353,11 @@ class CheckpointManager:
         copying: list[Future] = []
         self._ranks.together("begin to pin memory", lambda: copying.append(self._begin_copy(tensors)))
         self._ranks.together("pin memory", lambda: copying[0].result() and None)
+
+    def _free_pinned_memory(self) -> None:
+        if self._pinned_stager is not None:
+            self._pinned_stager.close()
+            self._pinned_stager = None
 
     def _begin_copy(self, tensors: dict[str, Any]) -> Future:
         """Copy the tensors to pinned memory, in a thread and on a stream of its own."""

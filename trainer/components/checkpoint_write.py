@@ -79,7 +79,11 @@ class CheckpointWriter:
         return reports
 
     def close(self) -> None:
-        """Wait for what is being deleted. Not collective."""
+        """Wait for what is being deleted. Not collective.
+
+        Raises:
+            FolderTakenError: another run took the folder, and nothing more was deleted.
+        """
         for deletion in self._deletions:
             deletion.result()
         self._deletions.clear()
@@ -113,8 +117,13 @@ class CheckpointWriter:
         started = time.perf_counter()
         local, remote = files.step_path(self._folder, save.step), self._remote.at(save.step)
         first = ranks.rank == 0
+
+        def begin() -> None:
+            self._lock.check()
+            remote.retract()
+
         try:
-            ranks.together(f"begin {remote.url}", remote.retract if first else None)
+            ranks.together(f"begin {remote.url}", begin if first else None)
             ranks.together(f"copy {local} to {remote.url}", lambda: remote.upload(local, names))
             ranks.together(f"finish {remote.url}", (lambda: remote.finish(local)) if first else None)
         except (RuntimeError, ValueError) as error:
@@ -166,29 +175,32 @@ class CheckpointWriter:
     def _delete_later(self, work: Callable[[], None]) -> None:
         if self._section.keep_latest_k > 0:
             self._deletions = [deletion for deletion in self._deletions if not deletion.done()]
-            self._deletions.append(in_thread("checkpoint-delete", work))
+            self._deletions.append(in_thread("checkpoint-delete", partial(self._delete_safely, work)))
+
+    def _delete_safely(self, work: Callable[[], None]) -> None:
+        with self._deletion_lock:
+            self._lock.check()  # what is there may be another run's by now
+            work()
 
     def _delete_old(self, newest: int) -> None:
         """Delete all but the whole checkpoints that were written last. The one just saved always stays."""
-        with self._deletion_lock:
-            for step in files.list_steps_by_age(self._folder)[: -self._section.keep_latest_k]:
-                if step == newest:
-                    continue
-                try:
-                    files.delete(self._folder, step)
-                except OSError as error:
-                    logger.warning("Could not delete the old checkpoint of step %d: %s", step, error)
+        for step in files.list_steps_by_age(self._folder)[: -self._section.keep_latest_k]:
+            if step == newest:
+                continue
+            try:
+                files.delete(self._folder, step)
+            except OSError as error:
+                logger.warning("Could not delete the old checkpoint of step %d: %s", step, error)
 
     def _delete_old_in_store(self, newest: int) -> None:
         """Delete all but the whole checkpoints in the store that were saved last. The one just copied always stays."""
         assert self._remote is not None, "there is no store"
-        with self._deletion_lock:
-            try:
-                for step in self._remote.list_steps_by_age()[: -self._section.keep_latest_k]:
-                    if step != newest:
-                        self._remote.at(step).delete()
-            except Exception as error:  # each store has exceptions of its own
-                logger.warning("Could not delete old checkpoints in %s: %s", self._remote.url, error)
+        try:
+            for step in self._remote.list_steps_by_age()[: -self._section.keep_latest_k]:
+                if step != newest:
+                    self._remote.at(step).delete()
+        except Exception as error:  # each store has exceptions of its own
+            logger.warning("Could not delete old checkpoints in %s: %s", self._remote.url, error)
 
 
 def _raise_error_of(future: Future) -> None:
