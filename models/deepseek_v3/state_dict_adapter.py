@@ -1,12 +1,12 @@
 """DeepSeek-V3 and V2 in Hugging Face's names and layout, and back."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
-
-from models.deepseek_v3.args import DeepSeekV3Args
+from models.deepseek_v3.args import DeepSeekV3Args, YarnScaling
+from models.hf_config import check_values, get_rope_parameters
+from models.hf_layout import HFTensor, HuggingFaceAdapter, Part
 
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _PLAIN_QUERIES = {"attention.wq": "self_attn.q_proj"}
@@ -24,32 +24,36 @@ _ATTENTION = {
 _FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _PREDICTION = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 
-# Of transformers 5 in memory; its files have a tensor for each expert.
+# Of transformers 5 in memory; what it writes has a tensor for each expert.
 _FUSED_UP, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
-class DeepSeekV3Adapter:
+class DeepSeekV3Adapter(HuggingFaceAdapter):
     """Translate state dicts between `Transformer` here and `DeepseekV3ForCausalLM` or `DeepseekV2ForCausalLM` of transformers.
 
-    There each expert's matrices are tensors of their own; `from_hf` also takes those of all experts in one. Otherwise tensors are
-    only renamed: a rotary pair is two neighbours on both sides (transformers' `rope_interleave`). Multi-token prediction goes by the names
-    of the published files, without the second copies of embeddings and output matrix there. Splitting and joining
-    experts takes whole tensors: gather a sharded state dict first. Nothing changes a value or a dtype.
+    In files each expert's matrices are tensors of their own; those of all experts in one, as transformers 5 has them in memory,
+    are read and written, too. Otherwise tensors are only renamed: a rotary pair is two neighbours on both sides (transformers'
+    `rope_interleave`). Multi-token prediction goes by the names of the published files, without the second copies of
+    embeddings and output matrix there. Blocks of it that this model does not have are left out.
     """
+
+    label = "DeepSeek-V3"
 
     def __init__(self, args: DeepSeekV3Args) -> None:
         self.args = args
-        self._hf_names = {
-            "tok_embeddings.weight": "model.embed_tokens.weight",
-            "norm.weight": "model.norm.weight",
-            "output.weight": "lm_head.weight",
-        }
-        self._hf_experts: dict[str, list[str]] = {}
-        """Our name of a tensor of all experts -> the names there, one for each expert."""
-        for layer in range(args.n_layers + args.mtp_depth):
-            self._add_block(layer)
 
-    def _add_block(self, layer: int) -> None:
+    def hf_tensors(self, *, fused_experts: bool = False) -> list[HFTensor]:
+        """List the tensors there: one for each expert, or those of all experts in one."""
+        layers = range(self.args.n_layers + self.args.mtp_depth)
+        blocks = [tensor for layer in layers for tensor in self._list_block(layer, fused_experts)]
+        return [
+            _plain("model.embed_tokens.weight", "tok_embeddings.weight"),
+            *blocks,
+            _plain("model.norm.weight", "norm.weight"),
+            _plain("lm_head.weight", "output.weight"),
+        ]
+
+    def _list_block(self, layer: int, fused_experts: bool) -> Iterator[HFTensor]:
         args, ours, theirs = self.args, f"layers.{layer}.", f"model.layers.{layer}."
         names = _NORMS | _ATTENTION | (_COMPRESSED_QUERIES if args.q_lora_rank else _PLAIN_QUERIES)
         if layer >= args.n_layers:
@@ -61,62 +65,38 @@ class DeepSeekV3Adapter:
             if args.n_shared_experts:
                 shared = {f"moe.shared_experts.{w}": f"mlp.shared_experts.{hf}" for w, hf in _FEED_FORWARD.items()}
                 names = names | shared
-            if args.uses_expert_bias:
-                self._hf_names[f"{ours}moe.router.expert_bias"] = f"{theirs}mlp.gate.e_score_correction_bias"
-            for w, hf in _FEED_FORWARD.items():
-                self._hf_experts[f"{ours}moe.experts.{w}"] = [
-                    f"{theirs}mlp.experts.{expert}.{hf}.weight" for expert in range(args.n_experts)
-                ]
-        self._hf_names |= {f"{ours}{name}.weight": f"{theirs}{hf}.weight" for name, hf in names.items()}
+        yield from (_plain(f"{theirs}{hf}.weight", f"{ours}{name}.weight") for name, hf in names.items())
+        if args.is_dense(layer):
+            return
+        if args.uses_expert_bias:
+            # Its steps are smaller than what bf16 resolves.
+            bias = Part(f"{ours}moe.router.expert_bias")
+            yield HFTensor(f"{theirs}mlp.gate.e_score_correction_bias", (bias,), keeps_fp32=True)
+        experts = f"{ours}moe.experts."
+        if fused_experts:
+            yield HFTensor(f"{theirs}{_FUSED_UP}", (Part(f"{experts}w1"), Part(f"{experts}w3")))
+            yield HFTensor(f"{theirs}{_FUSED_DOWN}", (Part(f"{experts}w2"),))
+            return
+        for w, hf in _FEED_FORWARD.items():
+            for expert in range(args.n_experts):
+                part = Part(f"{experts}{w}", expert)
+                yield HFTensor(f"{theirs}mlp.experts.{expert}.{hf}.weight", (part,))
 
-    def to_hf(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the state dict of their model, as it stands in files: a tensor for each expert, all views of ours.
-
-        Raises:
-            ValueError: names that are missing or that this model does not have.
-        """
-        _check_names(state_dict, [*self._hf_names, *self._hf_experts], "the model's state dict")
-        renamed = {hf: state_dict[name] for name, hf in self._hf_names.items()}
-        experts = ((hf, state_dict[name].unbind(0)) for name, hf in self._hf_experts.items())
-        return renamed | {name: x for names, parts in experts for name, x in zip(names, parts, strict=True)}
-
-    def from_hf(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the state dict of a `Transformer`, fit for a strict load.
-
-        Blocks of multi-token prediction that this model does not have are left out.
-
-        Raises:
-            ValueError: names that are missing or that their model of this size does not have.
-        """
-        known = dict(self._without_extras(state_dict))
-        expected = [*self._hf_names.values(), *(name for names in self._hf_experts.values() for name in names)]
-        _check_names(known, expected, "the Hugging Face state dict")
-        renamed = {name: known[hf] for name, hf in self._hf_names.items()}
-        return renamed | {name: torch.stack([known[hf] for hf in names]) for name, names in self._hf_experts.items()}
-
-    def _without_extras(self, state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what a model of this depth has, fused experts one by one."""
+    def list_left_out(self, names: Collection[str]) -> set[str]:
+        """Return the names of what a model of this depth does not have: predictions further ahead, and copies for them."""
         n_layers, n_blocks = self.args.n_layers, self.args.n_layers + self.args.mtp_depth
-        for name, x in state_dict.items():
+        left_out = super().list_left_out(names)
+        for name in names:
             match = re.match(r"model\.layers\.(\d+)\.(.*)", name)
-            layer, rest = (int(match[1]), match[2]) if match else (0, "")
-            is_prediction = layer >= n_layers and f"model.layers.{layer}.eh_proj.weight" in state_dict
-            is_copy = is_prediction and rest in ("embed_tokens.weight", "shared_head.head.weight")
-            # Files written before transformers 4.32 hold `inv_freq`, which the config determines.
-            if is_copy or (is_prediction and layer >= n_blocks) or name.endswith("rotary_emb.inv_freq"):
+            if match is None or int(match[1]) < n_layers or f"model.layers.{match[1]}.eh_proj.weight" not in names:
                 continue
-            if rest == _FUSED_UP:
-                gates, ups = x.chunk(2, dim=1)  # (E, H, D) each
-                yield from self._split_experts(layer, "gate_proj", gates)
-                yield from self._split_experts(layer, "up_proj", ups)
-            elif rest == _FUSED_DOWN:
-                yield from self._split_experts(layer, "down_proj", x)
-            else:
-                yield name, x
+            if int(match[1]) >= n_blocks or match[2] in ("embed_tokens.weight", "shared_head.head.weight"):
+                left_out.add(name)
+        return left_out
 
-    def _split_experts(self, layer: int, hf: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        for expert, part in enumerate(weight.unbind(0)):
-            yield f"model.layers.{layer}.mlp.experts.{expert}.{hf}.weight", part
+    def uses_fused_experts(self, names: Collection[str]) -> bool:
+        """Return whether a folder has the tensors of all experts in one."""
+        return any(name.endswith(_FUSED_DOWN) for name in names)
 
     def hf_config(self) -> dict[str, Any]:
         """Return the content of config.json, but for the dtype and the tokenizer's special ids.
@@ -168,6 +148,62 @@ class DeepSeekV3Adapter:
             "initializer_range": 0.02,
         }
 
+    @classmethod
+    def args_from_hf(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> DeepSeekV3Args:
+        """Return the args that a config.json of a `DeepseekV3ForCausalLM` or `DeepseekV2ForCausalLM` describes.
+
+        Blocks of multi-token prediction are there if the names have them: a config.json may speak of some that files lack.
+
+        Raises:
+            ValueError: it has biases, another activation, another rotary scaling, or routes otherwise.
+        """
+        is_v3 = config.get("model_type") == "deepseek_v3"
+        method = config.get("topk_method") or ("noaux_tc" if is_v3 else "greedy")
+        check_values(
+            config,
+            model_type="deepseek_v3" if is_v3 else "deepseek_v2",
+            hidden_act="silu",
+            attention_bias=False,
+            mlp_bias=False,
+            moe_layer_freq=1,
+            rope_interleave=True,
+            tie_word_embeddings=False,
+            scoring_func="sigmoid" if is_v3 else "softmax",
+            topk_method="noaux_tc" if is_v3 else method,
+            num_key_value_heads=config["num_attention_heads"],
+        )
+        # transformers' V2 never normalizes gates, whatever `norm_topk_prob` says; its V3 does as it says.
+        has_groups = is_v3 or method == "group_limited_greedy"
+        rope = get_rope_parameters(config, known=("default", "yarn"))
+        return DeepSeekV3Args(
+            dim=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_dense_layers=config["first_k_dense_replace"],
+            n_heads=config["num_attention_heads"],
+            vocab_size=config["vocab_size"],
+            hidden_dim=config["intermediate_size"],
+            norm_eps=config["rms_norm_eps"],
+            q_lora_rank=config.get("q_lora_rank") or 0,
+            kv_lora_rank=config["kv_lora_rank"],
+            qk_nope_head_dim=config["qk_nope_head_dim"],
+            qk_rope_head_dim=config["qk_rope_head_dim"],
+            v_head_dim=config["v_head_dim"],
+            rope_theta=rope["rope_theta"],
+            rope_scaling=_read_yarn(rope) if rope["rope_type"] == "yarn" else None,
+            n_experts=config["n_routed_experts"],
+            top_k=config["num_experts_per_tok"],
+            n_shared_experts=config.get("n_shared_experts") or 0,
+            moe_hidden_dim=config["moe_intermediate_size"],
+            score_func="sigmoid" if is_v3 else "softmax",
+            n_expert_groups=(config.get("n_group") or 1) if has_groups else 1,
+            n_limited_groups=(config.get("topk_group") or 1) if has_groups else 1,
+            normalizes_gates=is_v3 and bool(config.get("norm_topk_prob", True)),
+            route_scale=config["routed_scaling_factor"],
+            uses_expert_bias=is_v3,
+            mtp_depth=sum(name.endswith(".eh_proj.weight") for name in names),
+            max_seq_len=config["max_position_embeddings"],
+        )
+
     def _get_architecture(self) -> dict[str, Any]:
         """Return what tells transformers' two models apart."""
         args = self.args
@@ -193,12 +229,27 @@ class DeepSeekV3Adapter:
         )
 
 
-def _check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    found, expected = set(found), set(expected)
-    problems = [
-        f"{label}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for label, names in (("missing", expected - found), ("not of this model", found - expected))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{what} does not fit this DeepSeek-V3 ({'; '.join(problems)}). Check model.flavor")
+def _plain(theirs: str, ours: str) -> HFTensor:
+    return HFTensor(theirs, (Part(ours),))
+
+
+def _read_yarn(rope: Mapping[str, Any]) -> YarnScaling:
+    """Return YaRN as transformers applies it: whatever the length of a sequence.
+
+    Raises:
+        ValueError: factors on the rotary table, which the networks here do not have.
+    """
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not mscale or mscale != mscale_all:
+        raise ValueError(
+            f"config.json: mscale = {mscale} and mscale_all_dim = {mscale_all} of rope_scaling: only equal ones, not zero, are "
+            "supported, as published models have them"
+        )
+    return YarnScaling(
+        factor=rope["factor"],
+        beta_fast=rope.get("beta_fast") or 32.0,
+        beta_slow=rope.get("beta_slow") or 1.0,
+        mscale=mscale,
+        original_max_seq_len=rope["original_max_position_embeddings"],
+        always=True,
+    )

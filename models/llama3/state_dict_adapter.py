@@ -1,11 +1,11 @@
 """Llama 3 in Hugging Face's names and layout, and back."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
-from models.llama3.args import LlamaArgs
+from models.hf_config import check_values, get_rope_parameters
+from models.hf_layout import HFTensor, HuggingFaceAdapter, Part
+from models.llama3.args import LlamaArgs, RopeScaling
 
 _BLOCK_NAMES = {
     "attention_norm": "input_layernorm",
@@ -18,49 +18,35 @@ _BLOCK_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-_EMBEDDING, _OUTPUT, _HF_OUTPUT = "tok_embeddings.weight", "output.weight", "lm_head.weight"
+_EMBEDDING, _HF_EMBEDDING = "tok_embeddings.weight", "model.embed_tokens.weight"
+_OUTPUT, _HF_OUTPUT = "output.weight", "lm_head.weight"
 
 
-class Llama3Adapter:
+class Llama3Adapter(HuggingFaceAdapter):
     """Translate state dicts between `Transformer` here and `LlamaForCausalLM` of transformers.
 
     Tensors are renamed; wq and wk are also reordered along dim 0, since a rotary pair is two neighbours here and two
-    halves of a head there. That takes whole tensors: gather a sharded state dict first. Nothing changes a value or a dtype.
+    halves of a head there.
     """
+
+    label = "Llama 3"
 
     def __init__(self, args: LlamaArgs) -> None:
         self.args = args
-        self._hf_names = {_EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+        if args.tie_embeddings:
+            self.tied, self.tied_hf = {_OUTPUT: _EMBEDDING}, {_HF_OUTPUT: _HF_EMBEDDING}
+
+    def hf_tensors(self, *, fused_experts: bool = False) -> list[HFTensor]:
+        """List the tensors there. There are no experts."""
+        args = self.args
+        heads = {"attention.wq": args.n_heads, "attention.wk": args.n_kv_heads}
+        tensors = [HFTensor(_HF_EMBEDDING, (Part(_EMBEDDING),))]
         for layer in range(args.n_layers):
             for ours, theirs in _BLOCK_NAMES.items():
-                self._hf_names[f"layers.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
-        if not args.tie_embeddings:
-            self._hf_names[_OUTPUT] = _HF_OUTPUT
-
-    def to_hf(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the state dict of a `LlamaForCausalLM`. Tied embeddings appear once, without lm_head, as on the hub.
-
-        Raises:
-            ValueError: names that are missing or that this model does not have.
-        """
-        state_dict = self._drop_tied(state_dict, copy=_OUTPUT, original=_EMBEDDING)
-        _check_names(state_dict, self._hf_names, "the model's state dict")
-        return {theirs: self._reorder(ours, state_dict[ours], _to_halves) for ours, theirs in self._hf_names.items()}
-
-    def from_hf(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the state dict of a `Transformer`, both names of tied embeddings included, fit for a strict load.
-
-        Raises:
-            ValueError: names that are missing or that a `LlamaForCausalLM` of this size does not have.
-        """
-        # Files written before transformers 4.32 hold this buffer, which the config determines.
-        state_dict = {name: x for name, x in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
-        state_dict = self._drop_tied(state_dict, copy=_HF_OUTPUT, original=self._hf_names[_EMBEDDING])
-        _check_names(state_dict, self._hf_names.values(), "the Hugging Face state dict")
-        ours = {name: self._reorder(name, state_dict[hf], _to_neighbours) for name, hf in self._hf_names.items()}
-        if self.args.tie_embeddings:
-            ours[_OUTPUT] = ours[_EMBEDDING]
-        return ours
+                part = Part(f"layers.{layer}.{ours}.weight", rotary_heads=heads.get(ours, 0))
+                tensors.append(HFTensor(f"model.layers.{layer}.{theirs}.weight", (part,)))
+        tensors.append(HFTensor("model.norm.weight", (Part("norm.weight"),)))
+        return tensors if args.tie_embeddings else [*tensors, HFTensor(_HF_OUTPUT, (Part(_OUTPUT),))]
 
     def hf_config(self) -> dict[str, Any]:
         """Return the content of config.json, but for the dtype and the tokenizer's special ids."""
@@ -93,46 +79,41 @@ class Llama3Adapter:
             "initializer_range": 0.02,
         }
 
-    def _reorder(
-        self, name: str, weight: torch.Tensor, reorder: Callable[[torch.Tensor, int], torch.Tensor]
-    ) -> torch.Tensor:
-        if name.endswith("attention.wq.weight"):
-            return reorder(weight, self.args.n_heads)
-        if name.endswith("attention.wk.weight"):
-            return reorder(weight, self.args.n_kv_heads)
-        return weight
+    @classmethod
+    def args_from_hf(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> LlamaArgs:
+        """Return the args that a config.json of a `LlamaForCausalLM` describes.
 
-    def _drop_tied(
-        self, state_dict: Mapping[str, torch.Tensor], *, copy: str, original: str
-    ) -> Mapping[str, torch.Tensor]:
-        """Return `state_dict` without the second name of tied embeddings, having seen that it says the same."""
-        if not self.args.tie_embeddings or copy not in state_dict:
-            return state_dict
-        first, second = state_dict.get(original), state_dict[copy]
-        if first is not None and first is not second and not first.is_meta and not torch.equal(first, second):
-            raise ValueError(
-                f"{copy} differs from {original}, but this model ties them (tie_embeddings). "
-                "The weights belong to a model with an output matrix of its own: choose another flavor"
+        Raises:
+            ValueError: it has biases, another activation, heads of another width, or another rotary scaling.
+        """
+        dim, heads = config["hidden_size"], config["num_attention_heads"]
+        check_values(
+            config,
+            model_type="llama",
+            hidden_act="silu",
+            attention_bias=False,
+            mlp_bias=False,
+            head_dim=dim // heads,
+        )
+        rope = get_rope_parameters(config, known=("default", "llama3"))
+        scaling = None
+        if rope["rope_type"] == "llama3":
+            scaling = RopeScaling(
+                factor=rope["factor"],
+                low_freq_factor=rope["low_freq_factor"],
+                high_freq_factor=rope["high_freq_factor"],
+                original_max_seq_len=rope["original_max_position_embeddings"],
             )
-        return {name: x for name, x in state_dict.items() if name != copy}
-
-
-def _to_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def _to_neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def _check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    found, expected = set(found), set(expected)
-    problems = [
-        f"{label}: {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for label, names in (("missing", expected - found), ("not of this model", found - expected))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{what} does not fit this Llama 3 ({'; '.join(problems)}). Check model.flavor")
+        return LlamaArgs(
+            dim=dim,
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads") or heads,
+            vocab_size=config["vocab_size"],
+            ffn_hidden_dim=config["intermediate_size"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=rope["rope_theta"],
+            rope_scaling=scaling,
+            max_seq_len=config["max_position_embeddings"],
+            tie_embeddings=config.get("tie_word_embeddings", False),
+        )

@@ -230,24 +230,23 @@ class TiktokenTokenizer(Tokenizer):
 
         super().__init__(vocab_size=max(first_id + max(ranks.values()), *special_tokens.values()) + 1, **attributes)
         self._encoding = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.ranks, self.special_tokens, self.first_id = ranks, special_tokens, first_id
+        self.pattern, self.normalize = pattern, normalize
         self._special_names = {i: name for name, i in special_tokens.items()}
-        self._first_id = first_id
-        self._n_ranks = len(ranks)
-        self._normalize = normalize
 
     def _encode(self, text: str) -> np.ndarray:
-        if self._normalize:
-            text = unicodedata.normalize(self._normalize, text)
+        if self.normalize:
+            text = unicodedata.normalize(self.normalize, text)
         text.encode()  # the library would replace half surrogate pairs by itself, in its own way
-        return np.asarray(self._encoding.encode_ordinary(text), dtype=np.uint32) + np.uint32(self._first_id)
+        return np.asarray(self._encoding.encode_ordinary(text), dtype=np.uint32) + np.uint32(self.first_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         parts = []
         for i in self._check_ids(ids):
-            rank = i - self._first_id
+            rank = i - self.first_id
             if i in self._special_names:
                 parts.append(self._special_names[i].encode())
-            elif 0 <= rank < self._n_ranks:
+            elif 0 <= rank < len(self.ranks):
                 parts.append(self._encoding.decode_single_token_bytes(rank))
         return b"".join(parts).decode(errors="replace")
 
