@@ -24,15 +24,13 @@ import torch
 from tqdm import tqdm
 
 from models.hf_layout import read_box
-from trainer.components.checkpoint_files import sync_folder
 from trainer.components.hf_export import SHARD_SIZE, Export, write_description, write_weights
-from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder
+from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder, sync_folder
 from trainer.components.hf_load import check_shapes, find_stored
 from trainer.components.native_weights import NativeWeights, write_native
-from trainer.components.network import Network
+from trainer.components.network import Network, find_saved_model
 from trainer.components.tokenizer import Tokenizer, build_tokenizer
 from trainer.components.tokenizer_files import copy_tokenizer_files
-from trainer.config.saved import find_saved_config, read_saved_model
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
@@ -50,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     to_hf.add_argument(
         "--config",
         metavar="FILE",
-        help="settings of the run (default: config.toml beside the checkpoint or in the folder of its run)",
+        help="settings of the run (default: those in the checkpoint, or config.toml in the folder of its run)",
     )
     to_hf.add_argument(
         "--tokenizer",
@@ -121,6 +119,7 @@ def convert_to_hf(options: argparse.Namespace, folder: Path) -> int:
     source = NativeWeights(options.source)
     network = Network.from_native(source, options.config)
     tokenizer = find_tokenizer(options)
+    source.verify()
     export = Export(network, options.dtype, int(options.shard_size * _GIGA), options.fuse_experts)
     total = sum(
         torch.Size(shape).numel() * get_dtype(options, source.dtypes[name]).itemsize
@@ -141,11 +140,10 @@ def find_tokenizer(options: argparse.Namespace) -> Tokenizer | None:
     """Return the tokenizer that goes along, None where there is none."""
     if options.tokenizer:
         return build_tokenizer(options.tokenizer)
-    if options.config is None and (options.source / CONFIG_NAME).is_file():
-        return build_tokenizer(options.source) if (options.source / "tokenizer.json").is_file() else None
-    file = options.config or find_saved_config(options.source)
-    path = read_saved_model(file).hf_assets_path if file is not None else ""
-    return build_tokenizer(path) if path.strip() else None
+    saved = find_saved_model(options.source, options.config)
+    if saved is not None:
+        return build_tokenizer(saved.hf_assets_path) if saved.hf_assets_path.strip() else None
+    return build_tokenizer(options.source) if (options.source / "tokenizer.json").is_file() else None
 
 
 def convert_from_hf(options: argparse.Namespace, folder: Path) -> int:
@@ -170,14 +168,13 @@ def convert_from_hf(options: argparse.Namespace, folder: Path) -> int:
         offsets, sizes = (begin, *(0 for _ in shape[1:])), (count, *shape[1:])
         return read_box(stored[name], shape, offsets, sizes, source.read)
 
-    total = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in network.shapes.items())
-    with progress_bar(total) as bar:
-        write_native(folder, shapes=network.shapes, dtypes=dtypes, read_rows=read_rows, on_written=bar.update)
-    source.close()
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
     copy_tokenizer_files(source.path, folder)
+    total = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in network.shapes.items())
+    with progress_bar(total) as bar:
+        write_native(folder, shapes=network.shapes, dtypes=dtypes, read_rows=read_rows, on_written=bar.update)
     return total
 
 

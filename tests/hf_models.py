@@ -37,7 +37,7 @@ SCALED = {
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
-    "factor": 8.0,
+    "factor": 4.0,
     "beta_fast": 4.0,
     "beta_slow": 0.5,
     "mscale": 0.707,

@@ -5,10 +5,12 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.registry import get_model_spec
 from trainer.components.data.sources import check_source_path, get_source_spec
+from trainer.components.hf_files import find_weights
 from trainer.components.tokenizer import build_tokenizer
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.fields import get_value, suggest
@@ -80,6 +82,7 @@ def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
     yield from _check_optimizer(config)
     yield from _check_data_sets(config)
     yield from _check_stores(config)
+    yield from _check_hugging_face(config)
     args, problems = _find_args(config)
     yield from problems
     if args is not None:
@@ -125,6 +128,30 @@ def _check_optimizer(config: JobConfig) -> Iterator[Problem]:
             f"{message} One of your own is registered by the module that experimental.custom_import names.",
             ("optimizer.name",),
         )
+
+
+def _check_hugging_face(config: JobConfig) -> Iterator[Problem]:
+    """Weights to begin from that are not there, and models that have no way to or from them."""
+    section = config.checkpoint
+    if section.initial_load_in_hf:
+        path_key = "checkpoint.initial_load_path" if section.initial_load_path else "model.hf_assets_path"
+        path = section.initial_load_path or config.model.hf_assets_path
+        try:
+            find_weights(Path(path))
+        except ValueError as error:
+            message = f"checkpoint.initial_load_in_hf = true with {path_key} = {path}: {_sentence(error)}"
+            yield Problem(message, (path_key, "checkpoint.initial_load_in_hf"))
+    for key, is_set in (
+        ("initial_load_in_hf", section.initial_load_in_hf),
+        ("last_save_in_hf", section.last_save_in_hf),
+    ):
+        try:
+            has_adapter = bool(get_model_spec(config.model.name).adapter_class)
+        except ValueError:
+            return  # said elsewhere
+        if is_set and not has_adapter:
+            message = f"checkpoint.{key} = true: model.name = {config.model.name} has no adapter to Hugging Face files."
+            yield Problem(f"{message} Name one in its ModelSpec.adapter_class, or use false.", (f"checkpoint.{key}",))
 
 
 class _DataSet(NamedTuple):

@@ -23,6 +23,7 @@ from trainer.components.determinism import set_determinism
 from trainer.components.expert_balance import build_expert_balance
 from trainer.components.garbage_collection import GarbageCollection
 from trainer.components.hardware import use_device
+from trainer.components.hf_checkpoint import build_hugging_face
 from trainer.components.launch import Launch
 from trainer.components.loss import build_loss
 from trainer.components.lr_scheduler import build_lr_scheduler
@@ -450,7 +451,11 @@ class Trainer(AbstractContextManager):
         }
         batch = self.dataloader.shape.global_batch_size
         settings = describe_settings(self.config, self.model_args, global_batch_size=batch)
-        return CheckpointManager(states, section=section, folder=self.dump_folder / section.folder, settings=settings)
+        folder = self.dump_folder / section.folder
+        hugging_face = build_hugging_face(
+            section, model=self.config.model, args=self.model_args, folder=folder, tokenizer=self.tokenizer
+        )
+        return CheckpointManager(states, section=section, folder=folder, settings=settings, hugging_face=hugging_face)
 
     def _build_metrics(self) -> MetricsLogger:
         config = self.config

@@ -50,6 +50,10 @@ def test_optimizer_names_are_those_of_the_table():
         (["--validation.enable", "--validation.dataset=stdlb"], ["validation.dataset = stdlb"]),
         (["--data.sources", '[{dataset = "stdlib"}, {dataset = "stdlb"}]'], ["data.sources, item 2", "stdlb"]),
         (["--model.hf_assets_path=/no/where"], ["model.hf_assets_path = /no/where", "does not exist"]),
+        (
+            ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"],
+            ["model.hf_assets_path = byte", "no such folder of Hugging Face files"],
+        ),
         (["--experimental.custom_import=no.such.module"], ["no.such.module", "PYTHONPATH"]),
         (["--experimental.custom_import=.relative"], ["no such module"]),
         (

@@ -30,6 +30,7 @@ from trainer.components.checkpoint_remote import RemoteFolder
 from trainer.components.checkpoint_staging import PinnedStager, build_stager
 from trainer.components.checkpoint_state import MODEL, RNG, ModelState, RngState, is_plain, merge_plain
 from trainer.components.checkpoint_write import CheckpointWriter, Save, SaveReport, in_thread
+from trainer.components.hf_checkpoint import HuggingFaceFiles
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class CheckpointManager:
     folder: where the checkpoints of this run are kept.
     settings: all settings of the run by dotted key, as JSON holds them (`config.changes.describe_settings`). They are kept
         in each checkpoint, and compared with those in the one that the run goes on from.
+    hugging_face: what loads and saves Hugging Face files, where the settings ask for that.
     timeout_seconds: longest that ranks wait for each other: the time that writing or reading a checkpoint may take.
 
     Constructing, loading and saving are collective: every rank does them, in the same order.
@@ -59,6 +61,7 @@ class CheckpointManager:
         section: CheckpointConfig,
         folder: Path,
         settings: Mapping[str, Any] | None = None,
+        hugging_face: HuggingFaceFiles | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
         """Raises ValueError if `exclude_from_loading` names a state that there is not, or another run uses the folder."""
@@ -68,6 +71,7 @@ class CheckpointManager:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._section = section
         self._folder = Path(folder)
+        self._hugging_face = hugging_face
         self._ranks = Ranks(timeout_seconds)
         self._states: dict[str, Any] = {
             name: ModelState(state) if isinstance(state, nn.Module) else state for name, state in states.items()
@@ -106,7 +110,8 @@ class CheckpointManager:
     def load(self, step: int = -1) -> int | None:
         """Load the checkpoint of a step, or with -1 the one that the settings say, into the states.
 
-        That is `load_step`; else the newest in the folder that this run can go on from; else `initial_load_path`.
+        That is `load_step`; else the newest in the folder that this run can go on from; else `initial_load_path`, which
+        `initial_load_in_hf` says to be a Hugging Face folder.
         Returns the step to go on from (0 after loading weights alone), or None if there is nothing to load.
 
         Raises:
@@ -116,6 +121,10 @@ class CheckpointManager:
         """
         self.wait()
         resumed_at = self._reader.load(step if step >= 0 else self._section.load_step)
+        if resumed_at is None and self._section.initial_load_in_hf:
+            assert self._hugging_face is not None, "checkpoint.initial_load_in_hf needs hugging_face"
+            self._hugging_face.load(self._states[MODEL], self._ranks)
+            resumed_at = 0
         if self._section.async_mode == "async_with_pinned_mem" and self.saves:
             self._pin_memory()
         self._saved_step = resumed_at or -1
@@ -151,7 +160,10 @@ class CheckpointManager:
             return False
         self.wait()
         try:
-            if last and self._section.last_save_model_only:
+            if last and self._section.last_save_in_hf:
+                assert self._hugging_face is not None, "checkpoint.last_save_in_hf needs hugging_face"
+                self._hugging_face.save(self._states[MODEL], step, self._ranks, prepare=self._writer.prepare)
+            elif last and self._section.last_save_model_only:
                 self._save(step, model_only=True, dtype=getattr(torch, self._section.export_dtype))
             else:
                 self._save(step, in_background=self._section.async_mode != "disabled" and not last)

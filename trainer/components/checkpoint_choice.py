@@ -126,7 +126,7 @@ class CheckpointChooser:
 
     def _choose_initial(self) -> Source | None:
         name = self._section.initial_load_path
-        if not name:
+        if not name or self._section.initial_load_in_hf:
             return None
         key = f"checkpoint.initial_load_path = {name}"
         remote = RemoteCheckpoint(name) if is_url(name) else None

@@ -178,7 +178,7 @@ def commit(folder: Path, step: int, staging: Path | None = None) -> Path:
     """
     staging, final = staging or staging_path(folder, step), step_path(folder, step)
     assert is_whole(staging), f"{staging} is not complete"
-    sync_folder(staging)
+    _sync_folder(staging)
     aside = folder / f".step-{step}.replaced"
     if final.exists() and not is_whole(final):
         logger.warning(
@@ -190,7 +190,7 @@ def commit(folder: Path, step: int, staging: Path | None = None) -> Path:
             shutil.rmtree(aside)
         final.rename(aside)
     staging.rename(final)
-    sync_folder(folder)
+    _sync_folder(folder)
     if aside.exists():
         shutil.rmtree(aside)
     return final
@@ -270,8 +270,7 @@ def size_in_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to stable storage."""
+def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from trainer.components import checkpoint_files as files
-from trainer.components.checkpoint_read import MODEL
+from trainer.components.checkpoint_checksums import ChecksumWriter, find_damage, make_pool, sum_file
+from trainer.components.checkpoint_state import MODEL
+from trainer.components.checkpoint_unpickle import SafeReader
 
-FORMAT_VERSION = 1
 _CHUNK_BYTES = 2**30
 
 ReadRows = Callable[[str, int, int], Tensor]
@@ -46,8 +47,8 @@ class NativeWeights:
             steps = files.list_steps(self.path)
             inside = f"; it holds the checkpoints {', '.join(f'step-{s}' for s in steps)}: name one" if steps else ""
             raise ValueError(f"{self.path}: there is no checkpoint here (no {files.TENSOR_INDEX_NAME}){inside}")
-        self._reader = dcp.FileSystemReader(self.path)
-        self._metadata = self._reader.read_metadata()
+        self._reader = SafeReader(self.path)
+        self._metadata = self._reader.index
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         stored = self._metadata.state_dict_metadata
         # torchtitan's checkpoints hold the weights without a prefix.
@@ -62,6 +63,16 @@ class NativeWeights:
             raise ValueError(f"{self.path} holds no weights")
         self.shapes = {name: tuple(entry.size) for name, entry in entries.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+
+    def verify(self) -> None:
+        """Compare the files with their checksums. One that another program wrote has none.
+
+        Raises:
+            ValueError: some are not what was written.
+        """
+        damage = find_damage(self.path, files.get_file_sums(files.read_manifest(self.path), self.path))
+        if damage:
+            raise ValueError(f"{self.path} is damaged: {files.describe_damage(damage)}")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, whole, on the CPU, in the dtype that it has there."""
@@ -81,19 +92,22 @@ def write_native(
     read_rows: ReadRows,
     on_written: Callable[[int], object],
 ) -> None:
-    """Write a checkpoint of the weights alone, as of step 0, that a run can begin from. The folder must be empty.
+    """Write a checkpoint of the weights alone, as of step 0, that a run can begin from. Other files in the folder belong to it.
 
     Tensors are read as they are written, about a GiB of rows at a time. on_written: is told of the bytes of each piece.
     """
     planner = _StreamingPlanner(shapes, dtypes, read_rows, on_written)
     # Empty tensors without memory stand for the content: the planner has what is written.
     names = {f"{MODEL}.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
+    others = [path.name for path in folder.iterdir()]
+    writer = ChecksumWriter(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.save(names, storage_writer=writer, planner=planner, no_dist=True)
+    with make_pool() as pool:
+        sums = writer.file_sums | {name: sum_file(folder / name, pool) for name in others}
     manifest: dict[str, Any] = {
-        "format": FORMAT_VERSION,
+        "format": files.FORMAT_VERSION,
         "step": 0,
         "world_size": 1,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -101,6 +115,7 @@ def write_native(
         "python": platform.python_version(),
         "tensors": [MODEL],
         "plain": {},
+        "files": {name: sums[name].to_json() for name in sorted(sums)},
     }
     files.write_manifest(folder, manifest)
 

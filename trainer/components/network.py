@@ -11,10 +11,11 @@ import torch
 from models.hf_config import find_family
 from models.hf_layout import HuggingFaceAdapter
 from models.registry import ModelSpec, get_model_spec
+from trainer.components.checkpoint_files import read_manifest
 from trainer.components.checkpoint_state import ModelState
 from trainer.components.hf_files import CONFIG_NAME, HFFolder, read_json
 from trainer.components.native_weights import NativeWeights
-from trainer.config.saved import SavedModel, find_saved_config, read_saved_model
+from trainer.config.saved import SavedModel, find_saved_config, from_settings, read_saved_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +50,21 @@ class Network:
 
     @classmethod
     def from_native(cls, weights: NativeWeights, config_file: str | None = None) -> "Network":
-        """Return the network of a checkpoint of this program.
-
-        config_file: settings of its run; by default those that the checkpoint or its run has, or the config.json that a
-            conversion from Hugging Face put beside the weights.
+        """Return the network of a checkpoint of this program; see `find_saved_model`.
 
         Raises:
             ValueError: nothing tells the network.
         """
+        saved = find_saved_model(weights.path, config_file)
+        if saved is not None:
+            return cls.from_saved(saved)
         beside = weights.path / CONFIG_NAME
-        if config_file is None and beside.is_file():
+        if beside.is_file():
             return cls._from_hf_config(read_json(beside), weights.path, weights.shapes.keys())
-        file = config_file or find_saved_config(weights.path)
-        if file is None:
-            raise ValueError(
-                f"{weights.path}: nothing here tells the network. Name the settings of its run (config.toml in its "
-                "job.dump_folder, or the file that it was started with)"
-            )
-        return cls.from_saved(read_saved_model(file))
+        raise ValueError(
+            f"{weights.path}: nothing here tells the network. Name the settings of its run with --config (config.toml in its "
+            "job.dump_folder, or the file that it was started with)"
+        )
 
     @classmethod
     def from_saved(cls, saved: SavedModel) -> "Network":
@@ -84,6 +82,13 @@ class Network:
             raise ValueError(
                 f"{error}. The run's own module was {saved.custom_import}: give --import {saved.custom_import}"
             ) from error
+        here = dataclasses.asdict(args)
+        for name, value in saved.args.items():
+            if name in here and here[name] != value:
+                raise ValueError(
+                    f"model.flavor = {saved.flavor} of {saved.name} has {name} = {here[name]} now, but the checkpoint was made "
+                    f"with {value}"
+                )
         return cls(spec, dataclasses.replace(args, max_seq_len=saved.seq_len, attn_mask_type=saved.attn_mask_type))
 
     @cached_property
@@ -109,3 +114,22 @@ class Network:
         """Build the network without memory."""
         with torch.device("meta"):
             return self.spec.load_model_class()(self.args)
+
+
+def find_saved_model(checkpoint: Path, config_file: str | None = None) -> SavedModel | None:
+    """Return what is known of a checkpoint's model from its run, None if it was converted from Hugging Face or nothing is known.
+
+    config_file: settings of the run, in place of those that the checkpoint itself has, or the folder of its run
+
+    Raises:
+        ValueError: the settings cannot be read.
+    """
+    if config_file is not None:
+        return read_saved_model(config_file)
+    settings = read_manifest(checkpoint).get("config")
+    if settings:
+        return from_settings(settings)
+    if (checkpoint / CONFIG_NAME).is_file():
+        return None
+    file = find_saved_config(checkpoint)
+    return None if file is None else read_saved_model(file)

@@ -108,13 +108,13 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
     """Take only the weights from `initial_load_path`, and begin at step 0."""
     initial_load_in_hf: bool = False
-    """`initial_load_path` is in the Hugging Face format."""
+    """`initial_load_path` is a folder of Hugging Face files (safetensors). Unset, they are in `model.hf_assets_path`."""
     initial_load_in_hf_quantized: bool = False
     """`initial_load_path` is in the Hugging Face format with quantized weights."""
     last_save_model_only: bool = False
     """Save only the weights at the last step. Such a checkpoint cannot be resumed from."""
     last_save_in_hf: bool = False
-    """Save the last step in the Hugging Face format. Needs `last_save_model_only`."""
+    """Save the last step as a Hugging Face folder, which transformers loads as it is. Needs `last_save_model_only`."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights in a model-only save."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"

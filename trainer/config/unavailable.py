@@ -56,19 +56,9 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("job.custom_config_module", bool, _USE_CUSTOM_IMPORT),
     Refusal("experimental.custom_args_module", bool, _USE_CUSTOM_IMPORT),
     Refusal(
-        "checkpoint.initial_load_in_hf",
-        bool,
-        "starting from Hugging Face weights is not available yet. Use false and a checkpoint in the native format.",
-    ),
-    Refusal(
         "checkpoint.initial_load_in_hf_quantized",
         bool,
-        "starting from quantized Hugging Face weights is not available yet. Use false.",
-    ),
-    Refusal(
-        "checkpoint.last_save_in_hf",
-        bool,
-        "saving in the Hugging Face format is not available yet. Use false; the checkpoint can be converted later.",
+        "quantized Hugging Face weights cannot be read. Convert them to bfloat16 first, and use checkpoint.initial_load_in_hf.",
     ),
 )
 

@@ -156,6 +156,8 @@ def _check_checkpoint(config: JobConfig) -> Iterator[Problem]:
         wanted = {
             "checkpoint.load_step": section.load_step != -1,
             "checkpoint.initial_load_path": section.initial_load_path is not None,
+            "checkpoint.initial_load_in_hf": section.initial_load_in_hf,
+            "checkpoint.last_save_in_hf": section.last_save_in_hf,
             "checkpoint.load_only": section.load_only,
             "checkpoint.create_seed_checkpoint": section.create_seed_checkpoint,
         }
@@ -165,6 +167,9 @@ def _check_checkpoint(config: JobConfig) -> Iterator[Problem]:
     if section.last_save_in_hf and not section.last_save_model_only:
         message = "checkpoint.last_save_in_hf = true: needs checkpoint.last_save_model_only = true."
         yield Problem(message, ("checkpoint.last_save_in_hf", "checkpoint.last_save_model_only"))
+    if section.initial_load_in_hf and not section.initial_load_model_only:
+        message = "checkpoint.initial_load_in_hf = true: needs checkpoint.initial_load_model_only = true: such files hold weights alone."
+        yield Problem(message, ("checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only"))
     if section.create_seed_checkpoint and section.load_only:
         message = "checkpoint.create_seed_checkpoint = true: cannot save with checkpoint.load_only = true. Set one."
         yield Problem(message, ("checkpoint.create_seed_checkpoint", "checkpoint.load_only"))

@@ -116,6 +116,16 @@ def test_world_size_rule_is_met(argv, world_size):
         (["--checkpoint.load_only"], ["checkpoint.load_only = true", "checkpoint.enable = true"]),
         (["--checkpoint.create_seed_checkpoint"], ["checkpoint.enable = true"]),
         (["--checkpoint.initial_load_path=x"], ["checkpoint.initial_load_path = x", "checkpoint.enable = true"]),
+        (["--checkpoint.initial_load_in_hf"], ["checkpoint.initial_load_in_hf = true", "checkpoint.enable = true"]),
+        (
+            ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"],
+            ["checkpoint.last_save_in_hf = true", "checkpoint.enable = true"],
+        ),
+        (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], ["needs checkpoint.last_save_model_only = true"]),
+        (
+            ["--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only=false"],
+            ["needs checkpoint.initial_load_model_only = true"],
+        ),
         (["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"], ["/no/where", "no such folder"]),
         (["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.create_seed_checkpoint"], ["Set one"]),
         (["--checkpoint.exclude_from_loading=optimiser"], ["Did you mean optimizer?"]),
