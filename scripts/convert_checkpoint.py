@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from models.hf_layout import read_box
-from trainer.components.hf_export import SHARD_SIZE, Export, write_description, write_weights
+from trainer.components.hf_export import SHARD_SIZE, Export, match_tensors, write_description, write_weights
 from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder, sync_folder
 from trainer.components.hf_load import check_shapes, find_stored
 from trainer.components.native_weights import NativeWeights, write_native
@@ -119,8 +119,9 @@ def convert_to_hf(options: argparse.Namespace, folder: Path) -> int:
     source = NativeWeights(options.source)
     network = Network.from_native(source, options.config)
     tokenizer = find_tokenizer(options)
-    source.verify()
     export = Export(network, options.dtype, int(options.shard_size * _GIGA), options.fuse_experts)
+    match_tensors(export, source)  # before all files are read
+    source.verify()
     total = sum(
         torch.Size(shape).numel() * get_dtype(options, source.dtypes[name]).itemsize
         for name, shape in source.shapes.items()

@@ -244,7 +244,11 @@ def build_model(
     model.init_buffers(device)
     is_hf = is_hf_folder(path)
     section = CheckpointConfig(initial_load_path=str(path), initial_load_in_hf=is_hf)
-    files = HuggingFaceFiles(network, folder=path.parent, initial_path=path, dtype=dtype, tokenizer=tokenizer) if is_hf else None
+    files = (
+        HuggingFaceFiles(network, folder=path.parent, initial_path=path, dtype=dtype, tokenizer=tokenizer)
+        if is_hf
+        else None
+    )
     manager = CheckpointManager({"model": model}, section=section, folder=path.parent, hugging_face=files)
     manager.load()
     manager.close()

@@ -34,9 +34,7 @@ class HuggingFaceFiles:
     folder: where the checkpoints of the run are kept. initial_path: the folder to begin from. dtype: of the weights that are saved.
     """
 
-    def __init__(
-        self, network: Network, *, folder: Path, initial_path: Path, dtype: str, tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, network: Network, *, folder: Path, initial_path: Path, dtype: str, tokenizer: Tokenizer) -> None:
         self._network = network
         self._folder = folder
         self._initial_path = initial_path
@@ -95,9 +93,7 @@ class HuggingFaceFiles:
             _commit(staging, final)
 
         try:
-            ranks.together(
-                f"make a folder for step-{step}", _on_rank_0(ranks, lambda: prepare(step))
-            )
+            ranks.together(f"make a folder for step-{step}", _on_rank_0(ranks, lambda: prepare(step)))
             ranks.together(f"write the shards of step-{step}", write_shards)
             size = ranks.together(f"write step-{step} as Hugging Face files", write_files)[0]
             ranks.together(f"finish step-{step}", _on_rank_0(ranks, finish))
@@ -151,4 +147,8 @@ def _commit(staging: Path, final: Path) -> None:
 
 def _on_rank_0(ranks: Ranks, work: Callable[[], object]) -> Callable[[], None] | None:
     """Return the work without its result on rank 0, None elsewhere."""
-    return (lambda: work() and None) if ranks.rank == 0 else None
+
+    def run() -> None:
+        work()
+
+    return run if ranks.rank == 0 else None

@@ -62,7 +62,7 @@ def write_weights(
     Raises:
         ValueError: the checkpoint is not one of this network: a tensor is missing, surplus, or has another shape.
     """
-    tensors = _check(export, source)
+    tensors = match_tensors(export, source)
     entries = [_describe(tensor, export, source) for tensor in tensors.values()]
     shards = plan_shards(entries, export.shard_size)
     for file in list(shards)[rank::world_size]:
@@ -75,8 +75,12 @@ def write_weights(
     return sum(entry.size for entry in entries)
 
 
-def _check(export: Export, source: NativeWeights) -> dict[str, HFTensor]:
-    """Return the tensors to write, by name, having compared names and shapes."""
+def match_tensors(export: Export, source: NativeWeights) -> dict[str, HFTensor]:
+    """Return the tensors to write, by name, having compared names and shapes.
+
+    Raises:
+        ValueError: the checkpoint is not one of this network.
+    """
     network = export.network
     tensors = network.adapter.hf_tensors(fused_experts=export.fused_experts)
     found = source.shapes.keys() - network.adapter.tied.keys()

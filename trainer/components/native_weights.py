@@ -25,10 +25,11 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from trainer.components import checkpoint_files as files
 from trainer.components.checkpoint_checksums import ChecksumWriter, find_damage, make_pool, sum_file
-from trainer.components.checkpoint_state import MODEL
+from trainer.components.checkpoint_state import MODEL, RNG
 from trainer.components.checkpoint_unpickle import SafeReader
 
 _CHUNK_BYTES = 2**30
+_OTHER_STATES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", f"{RNG}.")
 
 ReadRows = Callable[[str, int, int], Tensor]
 """(name, first row, rows) -> these rows of a tensor, on the CPU."""
@@ -57,7 +58,9 @@ class NativeWeights:
         entries = {
             key.removeprefix(self._prefix): entry
             for key, entry in stored.items()
-            if key.startswith(self._prefix) and isinstance(entry, TensorStorageMetadata)
+            if key.startswith(self._prefix)
+            and not key.startswith(_OTHER_STATES)
+            and isinstance(entry, TensorStorageMetadata)
         }
         if not entries:
             raise ValueError(f"{self.path} holds no weights")

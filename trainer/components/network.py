@@ -82,6 +82,10 @@ class Network:
             raise ValueError(
                 f"{error}. The run's own module was {saved.custom_import}: give --import {saved.custom_import}"
             ) from error
+        # A key that the family's args do not have was refused when the run began.
+        args = dataclasses.replace(
+            args, max_seq_len=saved.seq_len, attn_mask_type=saved.attn_mask_type, **saved.changes
+        )
         here = dataclasses.asdict(args)
         for name, value in saved.args.items():
             if name in here and here[name] != value:
@@ -89,7 +93,7 @@ class Network:
                     f"model.flavor = {saved.flavor} of {saved.name} has {name} = {here[name]} now, but the checkpoint was made "
                     f"with {value}"
                 )
-        return cls(spec, dataclasses.replace(args, max_seq_len=saved.seq_len, attn_mask_type=saved.attn_mask_type))
+        return cls(spec, args)
 
     @cached_property
     def adapter(self) -> HuggingFaceAdapter:
