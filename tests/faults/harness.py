@@ -64,12 +64,17 @@ class Job(AbstractContextManager):
     """Processes of one run, which a `with` statement does not outlive."""
 
     def __init__(
-        self, run: Run, world_size: int, *overrides: str, fault: Fault | None = None, store: bool = True
+        self,
+        run: Run,
+        world_size: int,
+        *overrides: str,
+        fault: Fault | None = None,
+        kill_seconds: float = KILL_SECONDS,
     ) -> None:
-        """store: the launcher holds the store, as torchrun does; otherwise there is but one process and no store."""
+        """kill_seconds: from SIGTERM to SIGKILL."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*_PRELOAD, "trainer.trainer"])
-        self.run = run
+        self.run, self._kill_seconds = run, kill_seconds
         self._began = time.monotonic()
         self._marks = run.folder / f"marks_{time.monotonic_ns()}"
         self._marks.mkdir()
@@ -101,7 +106,7 @@ class Job(AbstractContextManager):
             failed = any(process.exitcode not in (None, 0) for process in self.processes)
             alive = [process for process in self.processes if process.exitcode is None]
             if failed and killing is None:
-                killing = time.monotonic() + KILL_SECONDS
+                killing = time.monotonic() + self._kill_seconds
                 for process in alive:
                     process.terminate()
             elif killing is not None and time.monotonic() > killing:
@@ -122,9 +127,9 @@ class Job(AbstractContextManager):
             process.join()
 
 
-def run_job(run: Run, world_size: int, *overrides: str, fault: Fault | None = None, timeout: float = 60.0) -> Ended:
-    """Run a job to its end."""
-    with Job(run, world_size, *overrides, fault=fault) as job:
+def run_job(run: Run, world_size: int, *overrides: str, timeout: float = 60.0, **options: Any) -> Ended:
+    """Run a job to its end. options: of `Job`."""
+    with Job(run, world_size, *overrides, **options) as job:
         return job.wait(timeout)
 
 
@@ -213,11 +218,18 @@ def _inject(fault: Fault, mark: Path, *, is_hit: bool) -> Iterator[None]:
             with mock.patch.object(self, "batches", watched_batches(self)):
                 return super().run()
 
+    original_commit = checkpoint_files.commit
+
+    def commit(folder: Path, step: int, *args: Any) -> Any:
+        at["step"] = step  # a save in the background may be of an earlier step than training is at
+        strike()
+        return original_commit(folder, step, *args)
+
     patches = {
         "forward": lambda: before(Passes, "forward_backward"),
         "data": lambda: before(Trainer, "_next_batch"),
         "save": lambda: before(dcp.FileSystemWriter, "write_data", after=True),
-        "saved": lambda: before(checkpoint_files, "commit"),
+        "saved": lambda: mock.patch.object(checkpoint_files, "commit", commit),
         "validation": lambda: mock.patch("trainer.trainer.Validator", WatchedValidator),
         "start": lambda: before(Trainer, "_take_steps"),
     }

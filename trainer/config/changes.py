@@ -14,8 +14,9 @@ from trainer.config.schema import JobConfig
 
 HARMLESS = (
     "job.*", "profiling.*", "metrics.*", "checkpoint.*", "comm.*", "memory_estimation.*", "fault_tolerance.*", "validation.*",
-    "data.cache_dir", "data.prepare_workers", "data.max_bad_rows", "data.read_retries",
+    "data.cache_dir", "data.prepare_workers", "data.max_bad_rows", "data.read_retries", "data.read_timeout_seconds",
     "model.print_after_conversion", "training.steps", "training.gc_*", "training.dataloader.*", "training.nonfinite_*",
+    "training.spike_*",
 )  # fmt: skip
 """Globs of what leaves the weights alone. The number of steps counts by the schedule that it sets."""
 

@@ -80,6 +80,7 @@ RANGES: dict[str, Range] = {
     "data.prepare_workers": _COUNT_OR_NONE,
     "data.max_bad_rows": _COUNT_OR_NONE,
     "data.read_retries": _COUNT_OR_NONE,
+    "data.read_timeout_seconds": _COUNT_OR_NONE,
     "parallelism.data_parallel_replicate_degree": _COUNT,
     "parallelism.data_parallel_shard_degree": Range(low=1, special=-1, meaning="what the other degrees leave"),
     "parallelism.fsdp_prefetch": _COUNT_OR_NONE,

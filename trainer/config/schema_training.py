@@ -207,6 +207,8 @@ class DataConfig:
     """Rows that cannot be read before the run stops. Each is logged by file and row."""
     read_retries: int = 5
     """Attempts at a failing read of a stream, with growing pauses."""
+    read_timeout_seconds: int = 75
+    """Longest that a step waits for a batch of a stream, retries included, before the run ends with that as the reason. Below `comm.train_timeout_seconds`. 0: no limit."""
 
 
 @dataclass(frozen=True)

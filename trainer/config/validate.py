@@ -215,6 +215,16 @@ def _check_credentials(config: JobConfig) -> Iterator[Problem]:
 _CREDENTIALS = re.compile(r"://[^/\s'\"]*@|://\S*[?&](?:[^=&]*(?:key|secret|token|password|sig)[^=&]*)=", re.IGNORECASE)
 
 
+def _check_read_timeout(config: JobConfig) -> Iterator[Problem]:
+    key, comm_key = "data.read_timeout_seconds", "comm.train_timeout_seconds"
+    limit, of_collectives = config.data.read_timeout_seconds, config.comm.train_timeout_seconds
+    if config.data.streaming and limit >= of_collectives:
+        message = f"{key} = {limit}: must be below {comm_key} = {of_collectives}, so that a slow source is told as one,"
+        yield Problem(
+            f"{message} and not as ranks that wait for each other. Lower it, or raise {comm_key}.", (key, comm_key)
+        )
+
+
 def _check_rollback(config: JobConfig) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     for key in ("training.nonfinite_policy", "training.spike_policy"):
@@ -308,6 +318,7 @@ _RULES: tuple[Rule, ...] = (
     _check_data,
     _check_checkpoint,
     _check_rollback,
+    _check_read_timeout,
     _check_places,
     _check_credentials,
     _check_compile,

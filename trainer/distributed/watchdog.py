@@ -420,7 +420,7 @@ class _Watch:
 
     def _leave(self) -> None:
         """End this process, which SIGTERM asks for; tell why, if that is a death on this host."""
-        has_failed = bool(self._end)
+        has_failed = bool(self._end) and not self._end.startswith("lost")
         self._end = self._end or "SIGTERM"
         try:
             self._line.post(self._make_report(in_full=True))

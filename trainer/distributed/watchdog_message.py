@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from trainer.distributed.watchdog_report import Report, Wait, unpack_ranks
 
+DATA = "data"
+"""The phase of a step in which a rank waits for its batch."""
 _SHOWN = 4  # culprits, and collectives, that a message spells out
 
 
@@ -198,7 +200,12 @@ def _tell(kind: str, culprits: Sequence[Report], *, is_stopped: bool, now: float
     if name == "finished":
         return "has finished and left"
     seconds = now - max(report.progressed for report in culprits)
-    return f"has been in {moment} for {_seconds(seconds)}, at {one.place or 'an unknown place'}"
+    told = f"has been in {moment} for {_seconds(seconds)}, at {one.place or 'an unknown place'}"
+    return (
+        f"{told} (it waits for its data: the source is slow, not the network between ranks)"
+        if one.phase == DATA
+        else told
+    )
 
 
 def describe_waits(reports: Mapping[int, Report], *, places: bool = False) -> str:

@@ -251,5 +251,6 @@ def _build_stream(
         },
         shape=shape,
         document_mask=document_mask,
+        read_timeout=data.read_timeout_seconds,
         **loader_options,
     )

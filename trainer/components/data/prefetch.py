@@ -116,14 +116,15 @@ class BackgroundIterator(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="data-stream", daemon=True)
         self._thread.start()
 
-    def get(self) -> T | None:
-        """Wait for the next item; None when there is none left.
+    def get(self, timeout: float | None = None) -> T | None:
+        """Wait for the next item; None when there is none left. timeout: in seconds; None waits as long as it takes.
 
         Raises:
+            queue.Empty: there was none in that time.
             whatever the iterator raised, at every call from then on.
         """
         if self._end is None:
-            item = self._items.get()
+            item = self._items.get(timeout=timeout)
             if not isinstance(item, _End):
                 return item
             self._end = item

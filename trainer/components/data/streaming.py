@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -207,6 +208,7 @@ class StreamingLoader:
         section: prefetch, pinned memory.
         device_type: where batches go.
         epoch_steps: batches that `epoch_batches` yields.
+        read_timeout: seconds that `next_batch` may wait, the first time excepted (a source takes its time to open). 0: any.
     """
 
     def __init__(
@@ -220,9 +222,11 @@ class StreamingLoader:
         section: DataloaderConfig,
         device_type: str = "cpu",
         epoch_steps: int = -1,
+        read_timeout: float = 0,
     ) -> None:
         self.shape = shape
         self._share = share
+        self._read_timeout = read_timeout
         self._name = name
         self._identity = {**identity, "stream_version": STREAM_VERSION}
         self._document_mask = document_mask
@@ -254,12 +258,20 @@ class StreamingLoader:
         Raises:
             ValueError: more rows than data.max_bad_rows are unusable. It is raised on this rank only; the others are in
                 a collective by then, so the process must end for the launcher to end them.
-            RuntimeError: a read failed data.read_retries times.
+            RuntimeError: a read failed data.read_retries times, or the source gave nothing for too long.
         """
+        timeout = self._read_timeout or None
         if self._background is None:
             self._background = self._start(self._position, endless=True)
-        with self._clock:
-            item = self._background.get()
+            timeout = None
+        try:
+            with self._clock:
+                item = self._background.get(timeout)
+        except queue.Empty as error:
+            raise RuntimeError(
+                f"data: {self._name} gave no batch for {self._read_timeout} s (data.read_timeout_seconds), after "
+                f"{self.position()}. The source is slow or does not answer; prepare the data, or read it from a nearer place"
+            ) from error
         assert item is not None, "an endless stream has ended"
         batch, self._position = item
         self._sequences += self.shape.microbatch_size

@@ -71,7 +71,7 @@ class StreamFactory:
 
     def __call__(self, files, *, rank=0, degree=1, local=2, mask=False, **more):
         options = {"seed": 0, "shuffle": False, "max_bad_rows": 0, "read_retries": 2, "encode": encode, **more}
-        epoch_steps = options.pop("epoch_steps", -1)
+        further = {name: options.pop(name) for name in ("epoch_steps", "read_timeout") if name in options}
         share = StreamShare(files, dp_rank=rank, dp_degree=degree, **options)
         loader = StreamingLoader(
             share,
@@ -80,7 +80,7 @@ class StreamFactory:
             shape=BatchShape(local, local * degree, SEQ_LEN, rank, degree),
             document_mask=mask,
             section=DataloaderConfig(prefetch_factor=2),
-            epoch_steps=epoch_steps,
+            **further,
         )
         self.made.append(loader)
         return loader
@@ -351,6 +351,25 @@ def test_validation_has_as_many_batches_on_all_ranks(tmp_path, make_stream, degr
     # Within a document every token but the first is a label, and each document counts once.
     expected = [token for rows in texts for row in rows for token in encode(row).tolist()[1:]]
     assert sorted(labels) == sorted(expected)
+
+
+class Stuck:
+    """A file that stops giving rows."""
+
+    name = "stuck"
+
+    def read(self, start=0, stop=None):
+        yield from (Document("7 " * 40, row, row + 1) for row in range(6))
+        threading.Event().wait(2.0)
+
+    def locate(self, position):
+        return f"stuck:{position}"
+
+
+def test_source_that_gives_nothing_is_named_before_other_ranks_give_up(make_stream):
+    loader = make_stream([Stuck()], read_timeout=0.3)
+    with pytest.raises(RuntimeError, match=r"data: stream gave no batch for 0.3 s .*'file': 'stuck'.* slow"):
+        read_into([], loader, 200)
 
 
 EXIT_SCRIPT = """
