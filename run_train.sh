@@ -47,6 +47,8 @@ set_launch() { # fills LAUNCH, the arguments of torchrun
         LAUNCH=(--nnodes 1 --rdzv_backend c10d --rdzv_endpoint localhost:0 --local_addr localhost)
     elif [[ -n "${RDZV_ENDPOINT:-}" ]]; then
         LAUNCH=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-bloomery}")
+    elif ((MAX_RESTARTS > 0)); then
+        die "MAX_RESTARTS=$MAX_RESTARTS on several hosts needs RDZV_ENDPOINT (and RDZV_ID), by which they find each other again"
     elif [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]]; then
         LAUNCH=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
     else
@@ -122,6 +124,10 @@ if ((GPUS > 0)) && [[ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]
 fi
 
 echo "Launching $NGPU process(es) on $NNODES host(s), $GPUS GPU(s) here: ${ARGS[*]}"
+if ((MAX_RESTARTS > 0)); then
+    # The store that torchrun shares over restarts (seen in 2.13) keeps what the dead processes said, which leads new ones astray.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
 # A stop signal is for the program, which saves. SIGUSR1 would kill the launcher and leave the processes behind.
 trap '' USR1
 exec "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m trainer.train "${ARGS[@]}"

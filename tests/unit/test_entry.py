@@ -139,6 +139,22 @@ def test_questions_are_answered_without_torchrun(tree, flag):
     assert (call["who"], call["env"]["WORLD_SIZE"]) == ("train", "8")
 
 
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [(["--max-restarts", "3"], {}), (["--max-restarts=3"], {"MAX_RESTARTS": "1"}), ([], {"MAX_RESTARTS": "3"})],
+)
+def test_restarts_in_place_get_a_store_of_their_own(tree, args, env):
+    check, torchrun = tree.launch("--training.steps", "5", *args, **env)
+    assert (
+        check["argv"][:2]
+        == torchrun["argv"][torchrun["argv"].index("trainer.train") + 1 :][:2]
+        == ["--training.steps", "5"]
+    )
+    assert "--max-restarts" not in " ".join(check["argv"])
+    assert get_option(torchrun["argv"], "--max_restarts") == "3"
+    assert torchrun["env"]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
 def test_bad_settings_end_before_torchrun(tree):
     done = tree.run("--bad")
     assert done.returncode == 2
@@ -198,6 +214,8 @@ def test_several_hosts_by_address_or_by_rendezvous(tree):
         ({"NNODES": "1:4"}, "NNODES=1:4"),
         ({"NNODES": "2"}, "MASTER_ADDR and NODE_RANK"),
         ({"NNODES": "2", "MASTER_ADDR": "a"}, "MASTER_ADDR and NODE_RANK"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0", "MAX_RESTARTS": "1"}, "needs RDZV_ENDPOINT"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
         ({"LOG_RANK": "all"}, "LOG_RANK=all"),
     ],
 )
