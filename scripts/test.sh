@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check the code and run the tests: scripts/test.sh [pytest arguments]
 #
-# Sets up what is missing (as run_train.sh does), then runs ruff, mypy and pytest over tests/unit and tests/distributed, and
+# Sets up what is missing (as run_train.sh does), then runs ruff, mypy and pytest over tests/unit, tests/distributed and tests/faults, and
 # over tests/gpu where there is a CUDA device. Paths among the arguments take the place of these folders. All of the checks
 # run, even after one has failed; the exit code is 1 if any did.
 set -euo pipefail
@@ -24,7 +24,7 @@ check() { # NAME COMMAND...
     "$@" || FAILED+=("$name")
 }
 
-PATHS=(tests/unit tests/distributed)
+PATHS=(tests/unit tests/distributed tests/faults)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     PATHS+=(tests/gpu)
 fi

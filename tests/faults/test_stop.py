@@ -70,3 +70,14 @@ def test_signal_stops_all_ranks_at_one_step_with_one_save(run, whole, fault, opt
     assert run_job(run, 2, *OPTIONS).status["status"] == "complete"
     assert run.curve() == whole.curve()
     assert run.curve("grad_norm") == whole.curve("grad_norm")
+
+
+def test_time_limit_stops_and_saves_before_it_is_over(run) -> None:
+    limit = 8
+    endless = ["--training.steps=100000", "--checkpoint.interval=50000", f"--job.time_limit=0:00:0{limit}"]
+    ended = run_job(run, 2, *OPTIONS, *endless)
+    assert ended.exit_codes == [0, 0], ended.output
+    assert (ended.status["status"], ended.status["reason"]) == ("preempted", "time limit")
+    assert list_steps(run.checkpoints) == [ended.status["step"]]
+    times = [line["time"] for line in run.lines("start") + run.lines("end")]
+    assert times[1] - times[0] < limit
