@@ -1,0 +1,40 @@
+"""Programs that tests need and Debian has: installed where that is possible and allowed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# Daemons and network tools are not on every user's path.
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+SECONDS = 150
+
+
+def find_missing(programs: tuple[str, ...]) -> list[str]:
+    """Return those of the programs that are not there."""
+    return [name for name in programs if shutil.which(name, path=PATH) is None]
+
+
+def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> str:
+    """Install Debian packages if programs are missing. Return why they still are; empty: all are there."""
+    missing = find_missing(programs)
+    if not missing:
+        return ""
+    reason = f"{', '.join(missing)} missing, and {' '.join(packages)} not installed"
+    if os.environ.get("BLOOMERY_INSTALL") == "0":
+        return f"{reason}: BLOOMERY_INSTALL=0"
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return f"{reason}: that takes root and apt-get"
+    options = ["-q", "-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=1"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+        try:
+            done = subprocess.run(
+                ["apt-get", *options, *command], env=environment, capture_output=True, text=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"{reason}: apt-get {command[0]} took over {SECONDS} s"
+        if done.returncode:
+            return f"{reason}: apt-get {command[0]} failed: {done.stderr[-300:]}"
+    return f"{reason}: the packages do not have them" if find_missing(programs) else ""
