@@ -15,7 +15,7 @@ from tests.distributed.training import Run, assert_succeeded
 from trainer.components.checkpoint_files import list_steps
 
 STEPS = 60
-TIMEOUT = 15
+TIMEOUT = 10
 SETTINGS = (
     "--experimental.custom_import=tests.cluster.paced",
     "--optimizer.name=PacedAdamW",
@@ -24,6 +24,7 @@ SETTINGS = (
     "--checkpoint.enable",
     "--checkpoint.interval=4",
     f"--comm.train_timeout_seconds={TIMEOUT}",
+    "--comm.heartbeat_seconds=1",  # a host that was never heard of could not be named
 )
 
 
