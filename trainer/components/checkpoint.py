@@ -125,7 +125,7 @@ class CheckpointManager:
             assert self._hugging_face is not None, "checkpoint.initial_load_in_hf needs hugging_face"
             self._hugging_face.load(self._states[MODEL], self._ranks)
             resumed_at = 0
-        if self._section.async_mode == "async_with_pinned_mem" and self.saves:
+        if self._section.async_mode == "async_with_pinned_mem" and self.saves and self._pinned_stager is None:
             self._pin_memory()
         self._saved_step = resumed_at or -1
         return resumed_at

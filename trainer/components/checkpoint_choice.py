@@ -77,6 +77,8 @@ class CheckpointChooser:
             ValueError: what is asked for is not there, or does not suit, or nothing in the folder does.
         """
         section = self._section
+        if not damaged:
+            self._remote_steps = None  # there may be more by now
         if section.enable and step >= 0:
             return self._choose_step(step)
         source = self._choose_newest(damaged) if section.enable else None

@@ -53,6 +53,7 @@ def test_each_glob_matches_a_setting(glob):
         ("checkpoint__interval", 7),
         ("metrics__log_freq", 1),
         ("training__nonfinite_policy", "skip"),
+        ("training__spike_policy", "rollback"),
         ("parallelism__tensor_parallel_degree", 2),
         ("training__local_batch_size", 2),
         ("compile__enable", True),
