@@ -5,7 +5,7 @@
 #   NGPU         processes on this host (default: the visible GPUs, else 1)
 #   LOG_RANK     ranks whose log is shown, such as 0 or 0,8 (default 0). Warnings and errors of every rank are always shown.
 #   NNODES       hosts (default 1). With more than one, on each of them either MASTER_ADDR, MASTER_PORT and NODE_RANK, or
-#                RDZV_ENDPOINT (host:port of one of them) and RDZV_ID.
+#                RDZV_ENDPOINT (host:port of one of them). RDZV_ID, the same on all, keeps runs at one port apart.
 #   MAX_RESTARTS how often to start again in place after a failure (default 0); so does the argument --max-restarts N. With
 #                checkpoint.enable the run goes on from its newest checkpoint.
 #   BLOOMERY_INSTALL  0: never install packages (the default inside a SLURM job and on several hosts), 1: always may.
@@ -51,6 +51,8 @@ set_launch() { # fills LAUNCH, the arguments of torchrun
         die "MAX_RESTARTS=$MAX_RESTARTS on several hosts needs RDZV_ENDPOINT (and RDZV_ID), by which they find each other again"
     elif [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]]; then
         LAUNCH=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+        # Hosts of two runs that meet at one port by mistake do not take each other for their own.
+        LAUNCH+=(--rdzv_id "${RDZV_ID:-bloomery}")
     else
         die "NNODES=$NNODES needs MASTER_ADDR and NODE_RANK (and MASTER_PORT), or RDZV_ENDPOINT (and RDZV_ID), on each host"
     fi

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Check the code and run the tests: scripts/test.sh [pytest arguments]
 #
-# Sets up what is missing (as run_train.sh does), then runs ruff, mypy and pytest over tests/unit, tests/distributed and tests/faults, and
-# over tests/gpu where there is a CUDA device. Paths among the arguments take the place of these folders. All of the checks
-# run, even after one has failed; the exit code is 1 if any did.
+# Sets up what is missing (as run_train.sh does), then runs ruff, mypy and pytest over tests/unit, tests/distributed,
+# tests/faults and tests/cluster, and over tests/gpu where there is a CUDA device. Paths among the arguments take the place
+# of these folders. All of the checks run, even after one has failed; the exit code is 1 if any did.
+#
+# tests/cluster needs SLURM and ip. Where root runs it on Debian or Ubuntu, these are installed with apt-get, unless
+# BLOOMERY_INSTALL=0; where they cannot be, its tests are skipped with the reason.
 set -euo pipefail
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
@@ -24,7 +27,7 @@ check() { # NAME COMMAND...
     "$@" || FAILED+=("$name")
 }
 
-PATHS=(tests/unit tests/distributed tests/faults)
+PATHS=(tests/unit tests/distributed tests/faults tests/cluster)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     PATHS+=(tests/gpu)
 fi

@@ -196,10 +196,12 @@ def test_threads_are_shared_out_among_the_processes(tree):
 
 
 def test_several_hosts_by_address_or_by_rendezvous(tree):
-    check, torchrun = tree.launch(NNODES="2", NGPU="4", MASTER_ADDR="node0", MASTER_PORT="123", NODE_RANK="1")
+    check, torchrun = tree.launch(
+        NNODES="2", NGPU="4", MASTER_ADDR="node0", MASTER_PORT="123", NODE_RANK="1", RDZV_ID="job7"
+    )
     argv = torchrun["argv"]
-    given = [get_option(argv, f"--{name}") for name in ("nnodes", "node_rank", "master_addr", "master_port")]
-    assert given == ["2", "1", "node0", "123"]
+    given = [get_option(argv, f"--{name}") for name in ("nnodes", "node_rank", "master_addr", "master_port", "rdzv_id")]
+    assert given == ["2", "1", "node0", "123", "job7"]
     assert check["env"]["WORLD_SIZE"] == "8"
     argv = tree.launch(NNODES="2", RDZV_ENDPOINT="node0:29400", RDZV_ID="job7")[1]["argv"]
     given = [get_option(argv, f"--rdzv_{name}") for name in ("backend", "endpoint", "id")]

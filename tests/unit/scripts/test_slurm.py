@@ -150,7 +150,7 @@ def test_explains_itself(tree: SlurmTree) -> None:
     code, output = tree.submit("--help")
     assert code == 0
     assert output.startswith("Train on a SLURM cluster")
-    assert "MAX_RESTARTS" in output
+    assert "MAX_REQUEUES" in output
 
 
 # --- in the job ---
@@ -171,15 +171,14 @@ def test_job_runs_on_all_nodes_and_is_done_once_complete(tree: SlurmTree) -> Non
     assert tree.get_requeues() == 0
 
 
-def test_port_is_another_one_where_something_listens(tree: SlurmTree) -> None:
-    import socket
-
-    tree.run_job(ENDS="complete")
-    first = int(tree.get_calls("srun")[0]["env"]["MASTER_PORT"])
-    with socket.socket() as listener:
-        listener.bind(("", first))
-        tree.run_job(ENDS="complete")
-    assert int(tree.get_calls("srun")[0]["env"]["MASTER_PORT"]) > first
+def test_each_start_meets_at_a_place_of_its_own(tree: SlurmTree) -> None:
+    places = []
+    for restart in ("0", "1"):
+        tree.run_job(ENDS="complete", SLURM_RESTART_COUNT=restart)
+        env = tree.get_calls("srun")[0]["env"]
+        places.append((env["MASTER_PORT"], env["RDZV_ID"]))
+        assert env["RDZV_ID"].startswith(f"77.{restart}.")
+    assert places[0] != places[1]
 
 
 @pytest.mark.parametrize("code", ["0", "143"])
@@ -189,12 +188,12 @@ def test_preempted_job_goes_back_into_the_queue(tree: SlurmTree, code: str) -> N
 
 
 def test_restarts_are_capped(tree: SlurmTree) -> None:
-    code, output = tree.run_job(ENDS="preempted", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3")
+    code, output = tree.run_job(ENDS="preempted", SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
     assert code == 1
-    assert "MAX_RESTARTS=3 is reached" in output
+    assert "MAX_REQUEUES=3 is reached" in output
     assert tree.get_requeues() == 0
     # SLURM queues a job again by itself too.
-    code, output = tree.run_job(ENDS="complete", SLURM_RESTART_COUNT="4", MAX_RESTARTS="3")
+    code, output = tree.run_job(ENDS="complete", SLURM_RESTART_COUNT="4", MAX_REQUEUES="3")
     assert code == 2
     assert tree.get_calls("srun") == []
 
