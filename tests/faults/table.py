@@ -6,6 +6,7 @@ DEATHS, STOP, LOSS = "tests/faults/test_deaths.py", "tests/faults/test_stop.py",
 RESUME, TORCHRUN = "tests/faults/test_resume.py", "tests/faults/test_torchrun.py"
 CHECKPOINT, TRAINER = "tests/distributed/test_checkpoint.py", "tests/distributed/test_trainer.py"
 COMPONENTS, DATA = "tests/unit/components", "tests/unit/components/data"
+SLURM = "tests/cluster/test_slurm.py"
 SUMS = f"{COMPONENTS}/test_checkpoint_checksums.py"
 
 
@@ -104,7 +105,16 @@ ROWS = (
         "one save, a bounded end",
         (f"{STOP}::test_signal_stops_all_ranks_at_one_step_with_one_save",),
     ),
-    Row(13, "SLURM's signals, through torchrun and srun", "save, requeue, resume", open="needs a SLURM"),
+    Row(
+        13,
+        "SLURM's signals, through torchrun and srun",
+        "save, requeue, resume, exact; a lost node too",
+        (
+            f"{SLURM}::test_run_goes_on_after_its_time_limit",
+            f"{SLURM}::test_run_goes_on_after_preemption",
+            f"{SLURM}::test_run_goes_on_after_the_loss_of_its_first_node",
+        ),
+    ),
     Row(
         14,
         "the time limit is near",
