@@ -122,6 +122,8 @@ def _train(
     except Exception as error:
         status.write("failed", step=get_step(), reason=watchdog.message or f"{type(error).__name__}: {error}")
         raise
+    if reason and not config.checkpoint.enable:
+        reason += "; checkpoint.enable = false, so nothing was saved"
     status.write("preempted" if reason else "complete", step=get_step(), reason=reason or "training.steps are done")
     return 0
 

@@ -35,6 +35,7 @@ from trainer.components.poisoned import PoisonedBatches
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
 from trainer.components.stopping import build_stopper
+from trainer.components.stragglers import Stragglers
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.train_state import TrainState
 from trainer.components.validation import Validator
@@ -45,6 +46,7 @@ from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, set_timeouts
+from trainer.distributed.startup_probe import run_startup_probe
 from trainer.distributed.stop_signals import StopSignals
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.weight_init import init_weights
@@ -89,11 +91,10 @@ class Trainer(AbstractContextManager):
         self.stopper = build_stopper(signals=signals, seconds_left=launch.seconds_left, device=self.device)
         self.dims.build_mesh(self.device.type)
         self._check_same_on_all_ranks()
-        self.nonfinite.poisoned = PoisonedBatches(
-            self.dump_folder,
-            fingerprint=self.dataloader.fingerprint,
-            batch_size=self.dataloader.shape.global_batch_size,
-        )
+        if config.comm.startup_probe_seconds and launch.world_size > 1:
+            run_startup_probe(config.comm.startup_probe_seconds, self.device)
+        self.nonfinite.poisoned = PoisonedBatches(self.dump_folder, self.dataloader)
+        self.stragglers = Stragglers(device=self.device, threshold=config.metrics.straggler_threshold)
 
         self.model_args, self.model, stages, names = self._build_model()
         self.passes = self._build_passes(stages)
@@ -154,12 +155,8 @@ class Trainer(AbstractContextManager):
         with attention_kernels(self.device.type):
             # Outside of the run's profiler, since it has one of its own.
             log_attention_kernel(
-                self.model_args,
-                training=config.training,
-                parallelism=config.parallelism,
-                attn_mask_type=config.model.attn_mask_type,
-                device=self.device,
-            )
+                self.model_args, model=config.model, training=config.training, parallelism=config.parallelism, device=self.device
+            )  # fmt: skip
             if config.checkpoint.create_seed_checkpoint:
                 self.checkpointer.save_seed()
                 return ""
@@ -209,11 +206,14 @@ class Trainer(AbstractContextManager):
     def train_step(self) -> None:
         """Take one optimizer step: all its microbatches, clipping, and the update unless something is not finite."""
         self._come_to("data")
+        self.stragglers.begin_step()
         self.optimizers.zero_grad()
         self.prediction_losses.begin_step()
         position, sequence = self.dataloader.position(), self.dataloader.sequences
         batches = [self._next_batch() for _ in range(self.dataloader.microbatches_per_step)]
-        valid_tokens = self._sum_over_ranks(sum_of([self.passes.count_labels(batch) for batch in batches]))
+        counts = sum_of([self.passes.count_labels(batch) for batch in batches])
+        self.stragglers.meet_others()
+        valid_tokens = self._sum_over_ranks(counts)
         losses = []
         for batch in batches:
             self._come_to("forward and backward")
@@ -224,8 +224,7 @@ class Trainer(AbstractContextManager):
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm, pp_mesh=pp_mesh)
 
         self._settle_nonfinite()
-        self.stopper.settle()
-        self.stopper.read_later(wishes)
+        self.stopper.end_step(wishes)
         self.state.step += 1
         skip = self.nonfinite.judge(self.state.step, loss=loss, grad_norm=grad_norm, batch=position, sequence=sequence)
         self.checkpointer.maybe_wait_for_staging()
@@ -235,6 +234,7 @@ class Trainer(AbstractContextManager):
         if self.metrics.should_log(self.state.step):
             predictions = self.prediction_losses.measure(loss=loss, valid_tokens=valid_tokens)
             extra = {**self._get_further_values(), **predictions}
+            self.stragglers.gather()
         self.optimizers.step(skip)
         self.lr_scheduler.step()
         self.state.tokens_seen = self.metrics.tokens_seen
@@ -319,16 +319,11 @@ class Trainer(AbstractContextManager):
         self.garbage_collection.step(step)
 
     def _report_saves(self) -> None:
-        """Note the saves that have ended, in the background too: what each cost, or that it failed."""
-        for report in self.checkpointer.take_reports():
-            values = {"saved_step": report.step, "seconds": report.seconds, "stall_seconds": report.stall_seconds}
-            if self.stopper.deadline is not None:
-                self.stopper.deadline.note_save(report.seconds)
-            if report.error:
-                self.metrics.event("checkpoint_failed", self.state.step, quiet=True, **values, error=report.error)
-            else:
-                values["gib"] = report.size / 2**30
-                self.metrics.event("checkpoint", self.state.step, quiet=True, **values)
+        """Note the saves that have ended, in the background too."""
+        reports = self.checkpointer.take_reports()
+        for report in reports:
+            self.stopper.note_save(report.seconds)
+        self.metrics.report_saves(self.state.step, reports)
 
     def _validate(self, validator: Validator) -> None:
         with self.metrics.pause():
@@ -474,6 +469,7 @@ class Trainer(AbstractContextManager):
             ),
             wandb_variables=self.launch.wandb_variables,
             run_config=dataclasses.asdict(config),
+            stragglers=self.stragglers,
         )
 
     def _build_validator(self) -> Validator | None:

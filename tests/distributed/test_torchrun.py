@@ -12,7 +12,8 @@ from trainer.components.checkpoint_files import list_steps
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(run: Run, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+def describe_start(run: Run, *overrides: str, processes: int = 2) -> dict:
+    """What `subprocess` needs to know: command, folder, environment."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -24,8 +25,13 @@ def start(run: Run, *overrides: str, processes: int = 2) -> subprocess.Completed
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOG_RANK", "NNODES", "MASTER_ADDR"):
         environment.pop(name, None)
-    command = [str(ROOT / "run_train.sh"), *overrides]
-    return subprocess.run(command, cwd=run.folder, env=environment, capture_output=True, text=True, timeout=200)
+    return {"args": [str(ROOT / "run_train.sh"), *overrides], "cwd": run.folder, "env": environment}
+
+
+def start(run: Run, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        **describe_start(run, *overrides, processes=processes), capture_output=True, text=True, timeout=200
+    )
 
 
 def test_two_processes_learn_stop_and_resume(tmp_path: Path) -> None:

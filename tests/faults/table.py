@@ -127,7 +127,7 @@ ROWS = (
         "the first error with its host on top, all end in under 30 s; `--max-restarts` goes on",
         (
             f"{DEATHS}::test_first_cause_stands_on_top_and_all_end",
-            f"{TORCHRUN}::test_failed_run_is_restarted_in_place_and_resumes",
+            f"{TORCHRUN}::test_failed_run_is_restarted_in_place_resumes_and_stops_on_sigterm",
         ),
     ),
     Row(

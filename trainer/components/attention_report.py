@@ -7,7 +7,7 @@ import torch
 
 from models.common.attention import AttentionShape, describe_attention_kernel, get_slow_attention_reason
 from trainer.config.schema_parallel import ParallelismConfig
-from trainer.config.schema_training import TrainingConfig
+from trainer.config.schema_training import ModelConfig, TrainingConfig
 from trainer.distributed.blockwise_attention import choose_kernel
 
 logger = logging.getLogger(__name__)
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 def log_attention_kernel(
     model_args: Any,
     *,
+    model: ModelConfig,
     training: TrainingConfig,
     parallelism: ParallelismConfig,
-    attn_mask_type: str,
     device: torch.device,
 ) -> None:
     """Say which attention kernel really runs, and warn of a slow one."""
@@ -26,7 +26,7 @@ def log_attention_kernel(
         return  # a user's network, with an attention of its own or none
     dtype = getattr(torch, training.mixed_precision_param)
     cp = parallelism.context_parallel_degree
-    if cp > 1 and parallelism.context_parallel_method != "ulysses" and attn_mask_type != "block_causal":
+    if cp > 1 and parallelism.context_parallel_method != "ulysses" and model.attn_mask_type != "block_causal":
         head_dim = model_args.head_dim
         kernel = choose_kernel(device, dtype, head_dim, getattr(model_args, "v_head_dim", head_dim))
     else:

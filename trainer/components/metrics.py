@@ -13,7 +13,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.components.checkpoint_write import SaveReport
 from trainer.components.hardware import MemoryMonitor, MemoryUse, get_device_name, get_peak_flops
 from trainer.components.metric_writers import METRICS_FILE, MetricWriter, build_writers
 from trainer.components.progress import ProgressBar
+from trainer.components.stragglers import Stragglers
 from trainer.config.schema import MetricsConfig
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class MetricsLogger:
         workload: what a step costs.
         wandb_variables: the WANDB_* variables of the environment.
         run_config: the resolved configuration, for W&B.
+        stragglers: what compares the ranks, if anything does.
     """
 
     def __init__(
@@ -92,11 +95,13 @@ class MetricsLogger:
         workload: Workload,
         wandb_variables: Mapping[str, str] | None = None,
         run_config: Mapping[str, Any] | None = None,
+        stragglers: Stragglers | None = None,
     ) -> None:
         if section.log_freq < 1:
             raise ValueError(f"metrics.log_freq = {section.log_freq}: must be at least 1 step")
         self._section, self._workload = section, workload
         self._rank, self._total_steps = rank, total_steps
+        self._stragglers = stragglers
         self._dump_folder = Path(dump_folder)
         self._wandb = (wandb_variables or {}, run_config)
         self._color = sys.stdout.isatty() and not section.disable_color_printing
@@ -229,6 +234,8 @@ class MetricsLogger:
         now = time.perf_counter()
         memory = self._memory.read()
         record |= self._measure(step, now) | _get_memory_values(memory)
+        if self._rank == 0 and self._stragglers is not None:
+            further |= self._stragglers.tell(step_seconds=record["step_seconds"])
         record |= {
             "tokens_seen": self.tokens_seen,
             "elapsed_seconds": self.get_elapsed_seconds(),
@@ -304,6 +311,15 @@ class MetricsLogger:
         if not quiet and self._rank == 0:
             told = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             logger.info("%s at step %d: %s", kind, step, told)
+
+    def report_saves(self, step: int, reports: Iterable[SaveReport]) -> None:
+        """Note the saves that have ended by `step`, in the background too: what each cost, or that it failed."""
+        for report in reports:
+            values = {"saved_step": report.step, "seconds": report.seconds, "stall_seconds": report.stall_seconds}
+            if report.error:
+                self.event("checkpoint_failed", step, quiet=True, **values, error=report.error)
+            else:
+                self.event("checkpoint", step, quiet=True, **values, gib=report.size / 2**30)
 
     def summarize(self) -> Summary:
         """Return the numbers of this process so far."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from trainer.components.data.loader import DataLoader
+from trainer.components.data.streaming import StreamingLoader
+
 logger = logging.getLogger(__name__)
 
 POISONED_FILE = "poisoned.json"
@@ -16,14 +19,14 @@ POISONED_FILE = "poisoned.json"
 class PoisonedBatches:
     """The batches of a run that were not finite, or a spike, by the number of sequences before them.
 
-    The first rank reads and writes `poisoned.json`; all know the same. It is about one order of data (`fingerprint`) and one
-    size of batches; entries of another order are dropped.
+    The first rank reads and writes `poisoned.json`; all know the same. It is about one order of data and one size of batches;
+    entries of another are dropped.
     """
 
-    def __init__(self, folder: Path, *, fingerprint: str, batch_size: int) -> None:
-        """Collective. batch_size: sequences of a step."""
+    def __init__(self, folder: Path, loader: DataLoader | StreamingLoader) -> None:
+        """Collective. loader: that of the run's batches."""
         self.path = folder / POISONED_FILE
-        self._identity = {"fingerprint": fingerprint, "batch_size": batch_size}
+        self._identity = {"fingerprint": loader.fingerprint, "batch_size": loader.shape.global_batch_size}
         self._is_writer = not dist.is_initialized() or dist.get_rank() == 0
         found: list[dict[int, int]] = [self._read() if self._is_writer else {}]
         if dist.is_initialized():

@@ -48,7 +48,10 @@ class Deadline:
     def note_save(self, seconds: float) -> None:
         """Note how long it took until a checkpoint was whole."""
         self._save_seconds = seconds
-        self._step_began = None  # the pause belongs to no step
+
+    def note_pause(self) -> None:
+        """Note that the time since the last step belongs to no step."""
+        self._step_began = None
 
     @property
     def margin(self) -> float:
@@ -83,6 +86,11 @@ class Stopper:
         self._device = device
         self._pending: HostCopy | None = None
 
+    def note_save(self, seconds: float) -> None:
+        """Note how long it took until a checkpoint was whole."""
+        if self.deadline is not None:
+            self.deadline.note_save(seconds)
+
     def get_wishes(self) -> Tensor:
         """Return this rank's wishes, (len(REASONS),) float32 of 0 and 1, to be summed over all ranks."""
         wishes = torch.zeros(len(REASONS), device=self._device)
@@ -93,9 +101,12 @@ class Stopper:
             wishes[REASONS.index(reason)].fill_(1.0)
         return wishes
 
-    def read_later(self, wishes: Tensor) -> None:
-        """Keep the sum of all wishes until `settle`."""
+    def end_step(self, wishes: Tensor) -> None:
+        """Heed the wishes of the step before, and keep the sum of this one's until the next."""
+        self.settle()
         self._pending = HostCopy(wishes)
+        if self.deadline is not None:
+            self.deadline.note_step()
 
     def settle(self) -> bool:
         """Heed the wishes that were kept. Return whether the run stops."""
@@ -112,11 +123,16 @@ class Stopper:
         wishes = self.get_wishes()
         self._reduce(wishes)
         stops = self.settle()
-        self.read_later(wishes)
+        self._pending = HostCopy(wishes)
         return stops
 
     def agree(self) -> bool:
-        """Sum up the wishes of now and heed them. Return whether the run stops. Collective; the host waits for it."""
+        """Sum up the wishes of now and heed them. Return whether the run stops. Collective; the host waits for it.
+
+        For the pauses between steps: after the first one, which compiles, after a validation, after a save.
+        """
+        if self.deadline is not None:
+            self.deadline.note_pause()
         self.poll()
         return self.settle()
 

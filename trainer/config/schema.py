@@ -85,6 +85,8 @@ class MetricsConfig:
     """Write metrics from every rank, each to its own folder, and not from the first one alone."""
     enable_wandb: bool = False
     """Log to Weights & Biases (the extra `wandb`; project, run and team from the WANDB_* variables)."""
+    straggler_threshold: float = 1.5
+    """Warn of a rank whose GPU takes so many times the median for the same matrix product, and of one that others wait for before the first collective of a step. 0: compare nothing."""
     progress_bar: bool = True
     """Show a progress bar with the remaining time when the output is a terminal."""
 

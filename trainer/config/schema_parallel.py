@@ -106,6 +106,8 @@ class CommConfig:
     """Time that a collective may take after that."""
     heartbeat_seconds: int = 5
     """Time between the signs of life of each process, by which one message names a rank that stalls or dies. 0 turns it off."""
+    startup_probe_seconds: int = 0
+    """Time to measure all devices and links for before training, so that slow ones are named: some 10. 0: not at all."""
     trace_buf_size: int = 20000
     """Collectives kept in the flight recorder. 0 turns it off."""
     save_traces_folder: str = "comm_traces"

@@ -1,6 +1,7 @@
 """run_status.py, poisoned.py and config/durations.py: small files and small texts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,8 @@ def test_status_that_cannot_be_written_is_told(tmp_path, caplog):
 
 
 def make_batches(folder, fingerprint="a"):
-    return PoisonedBatches(folder, fingerprint=fingerprint, batch_size=8)
+    shape = SimpleNamespace(global_batch_size=8)
+    return PoisonedBatches(folder, SimpleNamespace(fingerprint=fingerprint, shape=shape))  # type: ignore[arg-type]
 
 
 def test_poisoned_batches_are_remembered_for_one_order_of_data(tmp_path):

@@ -54,6 +54,7 @@ def test_pause_for_a_save_is_no_step(clock):
     deadline.note_step()
     clock.now += 300
     deadline.note_save(1.0)
+    deadline.note_pause()
     deadline.note_step()
     clock.now += 2
     deadline.note_step()
@@ -65,9 +66,9 @@ def test_wish_of_another_rank_counts_one_step_later():
     wishes = stopper.get_wishes()
     assert wishes.tolist() == [0.0, 0.0, 0.0]
     stopper._reduce(wishes)
-    stopper.read_later(wishes)
+    stopper.end_step(wishes)
     assert stopper.reason == ""
-    assert stopper.settle()
+    stopper.end_step(stopper.get_wishes())
     assert stopper.reason == "SIGTERM"
 
 
