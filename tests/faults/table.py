@@ -229,7 +229,15 @@ ROWS = (
         "goes on from its full state",
         (f"{TRAINER}::test_run_with_more_steps_goes_on",),
     ),
-    Row(29, "export to Hugging Face", "equal logits, a complete index", open="not in this suite"),
+    Row(
+        29,
+        "export to Hugging Face",
+        "equal logits, a complete index",
+        (
+            "tests/unit/scripts/test_convert_checkpoint.py::test_round_trip_is_bitwise_and_transformers_computes_the_same",
+            "tests/distributed/test_hf_checkpoint.py::test_run_saves_what_transformers_loads_and_another_begins_from_it",
+        ),
+    ),
     Row(30, "no network", "the whole run works", (f"{RESUME}::test_whole_run_needs_no_network",)),
     Row(31, "a rank on NCCL is killed", "the others end in under 60 s", open="needs GPUs"),
 )

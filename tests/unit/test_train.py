@@ -135,6 +135,20 @@ def without_config_file(config: JobConfig) -> JobConfig:
     return dataclasses.replace(config, job=dataclasses.replace(config.job, config_file=None))
 
 
+@pytest.mark.parametrize(
+    ("limit", "answer", "seconds"),
+    [("1:00:00", "", 3600), (None, "echo 1-02:03:04", 93784), (None, "echo UNLIMITED", None), (None, "exit 1", None)],
+)
+def test_time_that_is_left_is_what_is_set_else_what_slurm_says(tmp_path, monkeypatch, caplog, limit, answer, seconds):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\n[ \"$*\" = '-h -j 7 -o %L' ] && {answer or 'exit 3'}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert train._get_seconds_left(limit, {"SLURM_JOB_ID": "7"}) == seconds
+    assert ("set job.time_limit" in caplog.text) == (answer == "exit 1")
+    assert train._get_seconds_left(None, {}) is None
+
+
 def test_program_answers_without_torch_and_without_a_traceback(tmp_path):
     """As a process of its own, from another folder, with a torch that cannot be imported."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")

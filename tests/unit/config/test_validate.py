@@ -112,6 +112,20 @@ def test_world_size_rule_is_met(argv, world_size):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
+        (["--job.time_limit=3h"], ["job.time_limit = 3h", "such as 3:50:00"]),
+        (["--job.time_limit=0:00:00"], ["job.time_limit = 0:00:00", "above 0"]),
+        (
+            ["--training.nonfinite_policy=rollback"],
+            ["training.nonfinite_policy = rollback", "checkpoint.enable = true"],
+        ),
+        (
+            ["--training.spike_policy=rollback", "--checkpoint.enable", "--checkpoint.load_only"],
+            ["training.spike_policy = rollback", "not load_only"],
+        ),
+        (
+            ["--data.streaming", "--data.read_timeout_seconds=100"],
+            ["data.read_timeout_seconds = 100", "below comm.train_timeout_seconds = 100"],
+        ),
         (["--checkpoint.load_step=3"], ["checkpoint.load_step = 3", "checkpoint.enable = true"]),
         (["--checkpoint.load_only"], ["checkpoint.load_only = true", "checkpoint.enable = true"]),
         (["--checkpoint.create_seed_checkpoint"], ["checkpoint.enable = true"]),
