@@ -130,6 +130,8 @@ if ((MAX_RESTARTS > 0)); then
     # The store that torchrun shares over restarts (seen in 2.13) keeps what the dead processes said, which leads new ones astray.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
+# job.time_limit counts from here, over restarts in place.
+export BLOOMERY_START_TIME="${EPOCHSECONDS:-$(date +%s)}"
 # A stop signal is for the program, which saves. SIGUSR1 would kill the launcher and leave the processes behind.
 trap '' USR1
 exec "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m trainer.train "${ARGS[@]}"

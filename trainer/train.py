@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _train(
         is_restart=any(
             environment.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
         ),
-        seconds_left=_get_seconds_left(config.job.time_limit, environment) if rank == 0 else None,
+        ends_at=_find_end(config.job.time_limit, environment) if rank == 0 else None,
         # Not the API key, which the package reads for itself: what is here may end up in a report.
         wandb_variables={name: environment[name] for name in WANDB_NAMES if name in environment},
     )
@@ -128,10 +129,13 @@ def _train(
     return 0
 
 
-def _get_seconds_left(time_limit: str | None, environment: Mapping[str, str]) -> float | None:
-    """Return how long this process may run: what is set, else what SLURM says. None: as long as it takes."""
+def _find_end(time_limit: str | None, environment: Mapping[str, str]) -> float | None:
+    """Return when this process has to have ended, by `time.monotonic`: by what is set, else by what SLURM says. None: whenever."""
     if time_limit is not None:
-        return parse_duration(time_limit)
+        seconds = parse_duration(time_limit)
+        # run_train.sh says when it was started, which restarts in place do not change.
+        spent = time.time() - float(environment.get("BLOOMERY_START_TIME", time.time()))
+        return None if seconds is None else time.monotonic() + seconds - spent
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return None
@@ -141,7 +145,8 @@ def _get_seconds_left(time_limit: str | None, environment: Mapping[str, str]) ->
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("SLURM does not say how much time job %s has left (%s): set job.time_limit", job, error)
         return None
-    return parse_duration(answer)
+    seconds = parse_duration(answer)
+    return None if seconds is None else time.monotonic() + seconds
 
 
 def _write_down(loaded: LoadedConfig) -> None:

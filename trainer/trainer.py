@@ -88,7 +88,7 @@ class Trainer(AbstractContextManager):
             needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
             watchdog=watchdog,
         )
-        self.stopper = build_stopper(signals=signals, seconds_left=launch.seconds_left, device=self.device)
+        self.stopper = build_stopper(signals=signals, ends_at=launch.ends_at, device=self.device)
         self.dims.build_mesh(self.device.type)
         self._check_same_on_all_ranks()
         if config.comm.startup_probe_seconds and launch.world_size > 1:

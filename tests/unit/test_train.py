@@ -144,9 +144,12 @@ def test_time_that_is_left_is_what_is_set_else_what_slurm_says(tmp_path, monkeyp
     squeue.write_text(f"#!/bin/sh\n[ \"$*\" = '-h -j 7 -o %L' ] && {answer or 'exit 3'}\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert train._get_seconds_left(limit, {"SLURM_JOB_ID": "7"}) == seconds
+    monkeypatch.setattr(train.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(train.time, "time", lambda: 5000.0)
+    assert train._find_end(limit, {"SLURM_JOB_ID": "7"}) == (None if seconds is None else 100.0 + seconds)
     assert ("set job.time_limit" in caplog.text) == (answer == "exit 1")
-    assert train._get_seconds_left(None, {}) is None
+    assert train._find_end(None, {}) is None
+    assert train._find_end("1:00:00", {"BLOOMERY_START_TIME": "4000"}) == 100.0 + 3600 - 1000
 
 
 def test_program_answers_without_torch_and_without_a_traceback(tmp_path):

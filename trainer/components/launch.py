@@ -13,6 +13,6 @@ class Launch:
     world_size: int = 1
     is_restart: bool = False
     """Whether a launcher or SLURM has started it again by itself."""
-    seconds_left: float | None = None
-    """Until the time of this process is over. None: not limited, or another rank keeps it."""
+    ends_at: float | None = None
+    """When the time of this process is over, on the clock of `time.monotonic`. None: not limited, or another rank keeps it."""
     wandb_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -137,12 +137,12 @@ class Stopper:
         return self.settle()
 
 
-def build_stopper(*, signals: StopSignals | None, seconds_left: float | None, device: torch.device) -> Stopper:
+def build_stopper(*, signals: StopSignals | None, ends_at: float | None, device: torch.device) -> Stopper:
     """Return the stopper of a run whose process group is up: from here on signals are asked for, and interrupt nothing.
 
-    seconds_left: until the time of this process is over. None: not limited, or another rank keeps it.
+    ends_at: when the time of this process is over, on the clock of `time.monotonic`. None: not limited, or another rank keeps it.
     """
     if signals is not None:
         signals.is_polled = True
-    deadline = None if seconds_left is None else Deadline(seconds_left)
+    deadline = None if ends_at is None else Deadline(ends_at - time.monotonic())
     return Stopper(signals=signals, deadline=deadline, reduce_=dist.all_reduce, device=device)

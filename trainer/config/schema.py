@@ -38,7 +38,7 @@ class JobSection:
     description: str = "default job"
     """One line about the run, for the log."""
     time_limit: str | None = None
-    """Wall-clock time of this start of the run, such as 3:50:00 or 1-12:00:00 (days-hours:minutes:seconds). Before it is over the run saves and stops. Unset: what SLURM says is left of the job, where there is one."""
+    """Wall-clock time from the call of run_train.sh, such as 3:50:00 or 1-12:00:00 (days-hours:minutes:seconds). Before it is over the run saves and stops. Unset: what SLURM says is left of the job, where there is one."""
     print_config: bool = False
     """Print the resolved configuration at the start."""
     save_config_file: str | None = None
