@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from tests.distributed.harness import _PRELOAD
+from tests.distributed.harness import _PRELOAD, _VISIBLE_GPUS
 from tests.distributed.training import Run
 from trainer.components.run_status import STATUS_FILE
 
@@ -70,8 +70,9 @@ class Job(AbstractContextManager):
         *overrides: str,
         fault: Fault | None = None,
         kill_seconds: float = KILL_SECONDS,
+        on_gpus: bool = False,
     ) -> None:
-        """kill_seconds: from SIGTERM to SIGKILL."""
+        """kill_seconds: from SIGTERM to SIGKILL. on_gpus: one for each process, and none otherwise."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*_PRELOAD, "trainer.trainer"])
         self.run, self._kill_seconds = run, kill_seconds
@@ -83,13 +84,20 @@ class Job(AbstractContextManager):
         self.processes = []
         for rank in range(world_size):
             environment = {
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+                **{
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                },
                 **{
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(self._store.port),
                     "TORCHELASTIC_USE_AGENT_STORE": "True",
                 },
             }
+            if on_gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = _VISIBLE_GPUS or ",".join(map(str, range(world_size)))
             arguments = (argv, environment, fault, self._marks, self._marks / f"{rank}.log")
             process = context.Process(target=_run_rank, args=arguments, daemon=True)
             process.start()

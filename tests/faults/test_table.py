@@ -9,8 +9,8 @@ from tests.faults.table import ROWS, Row
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row.number))
-def test_row_has_its_tests_or_says_why_not(row: Row) -> None:
-    assert bool(row.tests) != bool(row.open)
+def test_row_has_its_tests(row: Row) -> None:
+    assert row.tests
     for test in row.tests:
         path, _, name = test.partition("::")
         tree = ast.parse((render_table.ROOT / path).read_text(encoding="utf-8"))
