@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.components.host_copy import HostCopy
 from trainer.components.loss_window import LossWindow
-from trainer.components.poisoned import PoisonedBatches
+from trainer.components.poisoned import Kind, PoisonedBatches
 from trainer.config.schema_training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -106,14 +106,13 @@ class NonFiniteGuard:
             self._window.add(loss)
             return False
         self._write_down({"step": verdict.step, "loss": str(loss), "grad_norm": str(grad_norm), "batch": verdict.batch})
-        self._enforce(
-            self.spike_policy if is_spike else self.policy, verdict, f"loss {loss}, gradient norm {grad_norm}"
-        )
+        self._enforce("spike" if is_spike else "nonfinite", verdict, f"loss {loss}, gradient norm {grad_norm}")
         return True
 
-    def _enforce(self, policy: Policy, verdict: _Verdict, values: str) -> None:
+    def _enforce(self, kind: Kind, verdict: _Verdict, values: str) -> None:
         """Skip a bad step, or raise."""
-        failures = 1 if self.poisoned is None else self.poisoned.add(verdict.sequence)
+        policy = self._get_policy(kind)
+        failures = 1 if self.poisoned is None else self.poisoned.add(verdict.sequence, kind)
         where = f"step {verdict.step}: {values}; no rank updated. Batch: {verdict.batch}"
         if policy == "stop":
             again = f" It failed here {failures} times: the cause will not pass by itself." if failures > 1 else ""
@@ -127,10 +126,17 @@ class NonFiniteGuard:
         self._count_skip(where if policy == "skip" else f"{where}. {self._rolled_back} rollbacks did not help")
         logger.warning("Skipped %s", where, extra={"same_on_all_ranks": True})
 
+    def _get_policy(self, kind: Kind) -> Policy:
+        return self.spike_policy if kind == "spike" else self.policy
+
+    def _find_policy(self, sequence: int) -> Policy | None:
+        """Return the policy for what was wrong with a batch. None: nothing was."""
+        kind = None if self.poisoned is None else self.poisoned.find_kind(sequence)
+        return None if kind is None else self._get_policy(kind)
+
     def passes_over(self, sequence: int) -> bool:
-        """Return whether to leave out a batch unseen: training failed there before, and the policy is not to stop."""
-        policies = {self.policy, self.spike_policy}
-        return self.poisoned is not None and sequence in self.poisoned and bool(policies & {"skip", "rollback"})
+        """Return whether to leave out a batch unseen: training failed there before, and the policy says to go on without it."""
+        return self._find_policy(sequence) in ("skip", "rollback")
 
     def pass_over(self, step: int) -> None:
         """Count a step whose batch was left out unseen.
@@ -149,10 +155,11 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: such a batch is ahead, and the policy is to stop.
         """
-        hopeless = None if self.poisoned is None else self.poisoned.find_hopeless(sequence)
-        if hopeless is not None and self.poisoned is not None and not self.passes_over(hopeless):
+        hopeless = [] if self.poisoned is None else self.poisoned.list_hopeless(sequence)
+        first = next((each for each in hopeless if self._find_policy(each) == "stop"), None)
+        if first is not None and self.poisoned is not None:
             raise NonFiniteError(
-                f"training has failed twice at the batch from sequence {hopeless} on, and is not restarted for a third time. "
+                f"training has failed twice at the batch from sequence {first} on, and is not restarted for a third time. "
                 f"Set training.nonfinite_policy = 'skip' to leave it out, or start by hand to try again ({self.poisoned.path})"
             )
 

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -14,6 +14,8 @@ from trainer.components.data.streaming import StreamingLoader
 logger = logging.getLogger(__name__)
 
 POISONED_FILE = "poisoned.json"
+
+Kind = Literal["nonfinite", "spike"]
 
 
 class PoisonedBatches:
@@ -28,31 +30,32 @@ class PoisonedBatches:
         self.path = folder / POISONED_FILE
         self._identity = {"fingerprint": loader.fingerprint, "batch_size": loader.shape.global_batch_size}
         self._is_writer = not dist.is_initialized() or dist.get_rank() == 0
-        found: list[dict[int, int]] = [self._read() if self._is_writer else {}]
+        found: list[dict[int, tuple[Kind, int]]] = [self._read() if self._is_writer else {}]
         if dist.is_initialized():
             dist.broadcast_object_list(found, src=0)
         self._failures = found[0]
 
-    def __contains__(self, sequence: int) -> bool:
-        """Whether training has failed at the batch that begins at this sequence of the run."""
-        return sequence in self._failures
+    def find_kind(self, sequence: int) -> Kind | None:
+        """Return what was last wrong with the batch that begins at this sequence of the run. None: nothing."""
+        return self._failures[sequence][0] if sequence in self._failures else None
 
-    def find_hopeless(self, sequence: int) -> int | None:
-        """Return the first batch from `sequence` on at which at least two starts of the run have failed."""
-        return min((first for first, count in self._failures.items() if first >= sequence and count > 1), default=None)
+    def list_hopeless(self, sequence: int) -> list[int]:
+        """Return the batches from `sequence` on at which training has failed twice or more."""
+        return sorted(first for first, (_, count) in self._failures.items() if first >= sequence and count > 1)
 
-    def add(self, sequence: int) -> int:
+    def add(self, sequence: int, kind: Kind) -> int:
         """Note that training failed at a batch. Return how often it has by now."""
-        self._failures[sequence] = self._failures.get(sequence, 0) + 1
+        count = self._failures.get(sequence, (kind, 0))[1] + 1
+        self._failures[sequence] = kind, count
         if self._is_writer:
             self._write()
-        return self._failures[sequence]
+        return count
 
-    def _read(self) -> dict[int, int]:
+    def _read(self) -> dict[int, tuple[Kind, int]]:
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             if {key: content[key] for key in self._identity} == self._identity:
-                return {int(entry["first_sequence"]): int(entry["failures"]) for entry in content["batches"]}
+                return {int(it["first_sequence"]): (it["kind"], int(it["failures"])) for it in content["batches"]}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -60,7 +63,10 @@ class PoisonedBatches:
         return {}
 
     def _write(self) -> None:
-        batches = [{"first_sequence": first, "failures": count} for first, count in sorted(self._failures.items())]
+        batches = [
+            {"first_sequence": first, "kind": kind, "failures": count}
+            for first, (kind, count) in sorted(self._failures.items())
+        ]
         draft = self.path.with_name(f".{POISONED_FILE}")
         try:
             with open(draft, "w", encoding="utf-8") as file:

@@ -3,12 +3,14 @@
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trainer.components.loss_window import LossWindow
 from trainer.components.nonfinite import NonFiniteError, NonFiniteGuard, RollBackError
+from trainer.components.poisoned import PoisonedBatches
 
 GOOD, NAN, INF = 2.5, math.nan, math.inf
 BATCH = {"first_sequence": 16, "sequences": 8}
@@ -176,3 +178,21 @@ def test_rollbacks_that_do_not_help_end(make_guard):
     judge(guard, 7, NAN)
     with pytest.raises(NonFiniteError, match="2 rollbacks did not help"):
         guard.settle()
+
+
+def test_batch_is_passed_over_by_the_policy_for_what_was_wrong_with_it(make_guard, tmp_path):
+    loader = SimpleNamespace(fingerprint="a", shape=SimpleNamespace(global_batch_size=8))
+    poisoned = PoisonedBatches(tmp_path, loader)
+    for _ in range(2):
+        poisoned.add(16, "nonfinite")
+        poisoned.add(24, "spike")
+    for policy, spike_policy, expected in (("stop", "skip", [False, True]), ("rollback", "stop", [True, False])):
+        guard = make_guard(policy, spike_policy=spike_policy)
+        guard.poisoned = poisoned
+        assert [guard.passes_over(sequence) for sequence in (16, 24)] == expected
+        assert not guard.passes_over(32)
+        with pytest.raises(NonFiniteError, match=f"from sequence {16 if policy == 'stop' else 24} on"):
+            guard.refuse_hopeless(0)
+        guard.refuse_hopeless(32)
+        guard.policy = guard.spike_policy = "warn"
+        guard.refuse_hopeless(0)

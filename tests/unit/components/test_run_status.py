@@ -34,18 +34,17 @@ def make_batches(folder, fingerprint="a"):
 
 def test_poisoned_batches_are_remembered_for_one_order_of_data(tmp_path):
     batches = make_batches(tmp_path)
-    assert (batches.add(24), batches.add(40), batches.add(24)) == (1, 1, 2)
+    assert [batches.add(24, "spike"), batches.add(40, "spike"), batches.add(24, "nonfinite")] == [1, 1, 2]
     again = make_batches(tmp_path)
-    assert 24 in again
-    assert 32 not in again
-    assert [again.find_hopeless(first) for first in (0, 24, 25)] == [24, 24, None]
-    assert 24 not in make_batches(tmp_path, fingerprint="b")
+    assert [again.find_kind(first) for first in (24, 32, 40)] == ["nonfinite", None, "spike"]
+    assert [again.list_hopeless(first) for first in (0, 24, 25)] == [[24], [24], []]
+    assert make_batches(tmp_path, fingerprint="b").find_kind(24) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": "a", "batch_size": 8, "batches": [{}]}'])
 def test_damaged_file_of_poisoned_batches_is_begun_anew(tmp_path, text, caplog):
     (tmp_path / "poisoned.json").write_text(text)
-    assert 24 not in make_batches(tmp_path)
+    assert make_batches(tmp_path).find_kind(24) is None
     assert "is begun anew" in caplog.text
 
 
