@@ -21,6 +21,11 @@ class ParallelPlan:
     """Tensor parallelism: the style of each module, by glob. `trainer.distributed.tensor_parallel` has the table of styles."""
     attention: str = ""
     """Glob of the modules that attend from q to k and v, nothing else: what context parallelism replaces."""
+    experts: str = ""
+    """Glob of the mixtures of experts (`models.common.moe.MoE`). Empty: there are none."""
+    pieces: tuple[str, ...] = ()
+    """Methods that do the computing of a block with experts, by their path from the block. Where its experts are on several ranks,
+    these are compiled, and recomputed by operation, one by one: what goes on between them, communication, can be in no graph."""
     stages: tuple[tuple[str, float], ...] = ()
     """What pipeline parallelism may cut between: globs in the order of the forward pass, each with the cost of one of its
     modules, in any unit."""
@@ -34,7 +39,7 @@ class ParallelPlan:
         yield from (glob for unit in self.fsdp_units for glob in unit)
         yield self.blocks
         yield from self.tp
-        yield from filter(None, [self.attention])
+        yield from filter(None, [self.attention, self.experts])
         yield from (glob for glob, _ in self.stages)
         yield from (*self.last_stage, *self.last_stage_copies)
 
@@ -61,8 +66,20 @@ class ParallelPlan:
             self,
             fsdp_units=tuple(unit for unit in units if unit),
             tp={glob: style for glob, style in self.tp.items() if is_here(glob)},
+            experts=self.experts if is_here(self.experts) else "",
             stages=tuple((glob, cost) for glob, cost in self.stages if is_here(glob)),
         )
+
+    def list_pieces(self, names: Collection[str], *, spreads_experts: bool) -> dict[str, tuple[str, ...]]:
+        """Return the methods that are compiled, and recomputed by operation, by block and with their path from there.
+
+        names: of the model's modules. spreads_experts: whether experts are on several ranks.
+        """
+        mixtures = match_modules(self.experts, names) if self.experts and spreads_experts else []
+        return {
+            block: self.pieces if any(mixture.startswith(f"{block}.") for mixture in mixtures) else ("forward",)
+            for block in match_modules(self.blocks, names)
+        }
 
 
 def match_modules(glob: str, names: Iterable[str]) -> list[str]:

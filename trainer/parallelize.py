@@ -7,6 +7,7 @@ from trainer.config.schema import JobConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
 from trainer.distributed.compile import apply_compile, compiles_model
 from trainer.distributed.context_parallel import apply_context_parallel, require_positions
+from trainer.distributed.expert_parallel import apply_expert_parallel
 from trainer.distributed.fsdp import apply_data_parallel
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage, separate_copies, split_into_stages
@@ -23,12 +24,19 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
     """
     names = [name for name, _ in model.named_modules()]
     plan.check(names)
+    spreads_experts = bool(plan.experts) and dims.spreads_experts
+    if spreads_experts:
+        dims.build_expert_mesh()
+    elif dims.ep > 1:
+        raise ValueError(f"parallelism.expert_parallel_degree = {dims.ep}: this model's plan names no experts. Use 1")
     stages: list[Stage] = []
     if dims.pp > 1:
         rank = dims.mesh("pp").get_local_rank()
         stages = split_into_stages(model, plan=plan, parallelism=config.parallelism, rank=rank)
         plan = plan.restrict_to([name for name, _ in model.named_modules()])
     compiles_blocks = compiles_model(config.compile)
+    if spreads_experts:
+        apply_expert_parallel(model, plan=plan, dims=dims, backend=config.parallelism.expert_parallel_comm_backend)
     if dims.tp > 1:
         apply_tensor_parallel(
             model,
@@ -48,9 +56,10 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
         plan=plan,
         section=config.activation_checkpoint,
         compiles_blocks=compiles_blocks,
+        spreads_experts=spreads_experts,
         dump_folder=config.job.dump_folder,
     )
-    apply_compile(model, plan=plan, section=config.compile)
+    apply_compile(model, plan=plan, section=config.compile, spreads_experts=spreads_experts)
     for part in [stage.module for stage in stages] or [model]:
         its_plan = plan.restrict_to([name for name, _ in part.named_modules()])
         apply_data_parallel(part, plan=its_plan, dims=dims, parallelism=config.parallelism, training=config.training)

@@ -65,8 +65,9 @@ class LatentAttention(nn.Module):
 
         x: (B, S, D); positions: (B, S) int64, by default 0 to S-1; mask: see `AttentionMask` -> (B, S, D)
         """
-        batch, seq, _ = x.shape
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.is_query_compressed else self.wq(x)
+        # Not those of x: tensor parallelism gives each rank a part of the sequence, which the projections bring together.
+        batch, seq, _ = q.shape
         q = q.view(batch, seq, -1, self.head_dim)  # (B, S, N, H)
         q_nope, q_rope = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.wkv_a(x).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)

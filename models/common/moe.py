@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from models.common.feed_forward import FeedForward
 from models.common.grouped_mm import grouped_mm
-from models.common.router import Router
-from models.common.token_dispatch import Rows, TokenDispatcher, sort_by_expert
+from models.common.router import Router, Routing
+from models.common.token_dispatch import RowOrder, Rows, TokenDispatcher, sort_by_expert
 
 
 class ExpertLoad(NamedTuple):
@@ -44,7 +44,11 @@ class GroupedExperts(nn.Module):
 
         Rows beyond `rows.ends[-1]` come out, and their gradients, as whatever was in memory: nobody may read them.
         """
-        w1, w2, w3 = (_to_local(weight) for weight in (self.w1, self.w2, self.w3))
+        return self.multiply(rows, *(_to_local(weight) for weight in (self.w1, self.w2, self.w3)))
+
+    @staticmethod
+    def multiply(rows: Rows, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+        """Return the same from weights that are at hand. w1, w3: (E, H, D); w2: (E, D, H)"""
         gate = grouped_mm(rows.tokens, w1, rows.ends)  # (R, H)
         up = grouped_mm(rows.tokens, w3, rows.ends)  # (R, H)
         hidden = F.silu(gate.float()) * up.float() * rows.gates.unsqueeze(-1)
@@ -76,14 +80,18 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ExpertLoad]:
         """Return the mixture's part of the residual stream, and what its experts had to do. x: (B, S, D) -> (B, S, D)"""
-        routing = self.router(x)
-        order = sort_by_expert(routing.experts, self.router.n_experts)
+        routing, order = self.route(x)
         sent = self.dispatcher.send(x.flatten(0, 1), routing.gates, order)
         # Between the two, so that an exchange with other ranks has something to hide behind.
         shared = None if self.shared_experts is None else self.shared_experts(x)
         rows = self.dispatcher.receive(sent)
         routed = self.dispatcher.combine(self.experts(rows), sent).view_as(x)
         return routed if shared is None else shared + routed, ExpertLoad(order.counts, routing.balance_loss)
+
+    def route(self, x: torch.Tensor) -> tuple[Routing, RowOrder]:
+        """Return what the router decided, and where each token's rows are. x: (B, S, D)"""
+        routing = self.router(x)
+        return routing, sort_by_expert(routing.experts, self.router.n_experts)
 
     def init_buffers(self, device: torch.device | str) -> None:
         """Begin with no counts and no bias, on `device`."""

@@ -69,8 +69,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Routing:
         """Route each token. x: (B, S, D)"""
-        # Not through the module: a conversion of linear layers (float8) must not reach the router.
-        logits = F.linear(x.flatten(0, 1).float(), self.gate.weight.float())  # (T, E)
+        logits = F.linear(x.flatten(0, 1).float(), self.get_gate_weight())  # (T, E)
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
         if self.force_load_balance:
             experts = torch.arange(scores.shape[0] * self.top_k, device=x.device).remainder(self.n_experts)
@@ -84,6 +83,11 @@ class Router(nn.Module):
         if self.training and self.balance_alpha > 0:
             balance_loss = self._get_balance_loss(scores, experts, n_sequences=x.shape[0])
         return Routing(experts, gates * self.scale, balance_loss)
+
+    def get_gate_weight(self) -> torch.Tensor:
+        """Return the matrix that makes logits, (E, D) fp32."""
+        # Not through the module: a conversion of linear layers (float8) must not reach the router.
+        return self.gate.weight.float()
 
     def _choose(self, scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return each token's experts. scores: (T, E); bias: (E,) -> (T, K)"""

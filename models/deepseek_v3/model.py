@@ -39,12 +39,19 @@ class TransformerBlock(nn.Module):
 
         x: (B, S, D); positions: (B, S) int64, by default 0 to S-1; mask: see `AttentionMask` -> (B, S, D)
         """
-        h = x + self.attention(self.attention_norm(x), positions=positions, mask=mask)
+        h, normed = self.attend(x, positions=positions, mask=mask)
         if self.moe is None:
             assert self.feed_forward is not None, "a block has a feed-forward or a mixture of experts"
-            return h + self.feed_forward(self.ffn_norm(h)), None
-        out, load = self.moe(self.ffn_norm(h))
+            return h + self.feed_forward(normed), None
+        out, load = self.moe(normed)
         return h + out, load
+
+    def attend(
+        self, x: torch.Tensor, *, positions: torch.Tensor | None, mask: AttentionMask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the residual stream after attention, and the same normalized for what follows: (B, S, D) each."""
+        h = x + self.attention(self.attention_norm(x), positions=positions, mask=mask)
+        return h, self.ffn_norm(h)
 
     def init_buffers(self, device: torch.device | str) -> None:
         """Set counts and biases to zero, on `device`."""

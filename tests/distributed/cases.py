@@ -15,14 +15,18 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from models.common.attention import build_document_mask
+from models.deepseek_v3.args import DeepSeekV3Args
 from models.llama3.args import LlamaArgs
 from models.registry import ModelSpec, get_model_spec
+from tests.distributed.loop_experts import use_loops
+from trainer.components.expert_balance import build_expert_balance
 from trainer.components.loss import build_loss
+from trainer.components.optimizer import build_optimizer
 from trainer.components.passes import build_passes
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from trainer.config.schema_training import ModelConfig, TrainingConfig
+from trainer.config.schema_training import ModelConfig, OptimizerConfig, TrainingConfig
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import init_weights
@@ -30,6 +34,29 @@ from trainer.parallelize import parallelize
 
 # No size is a multiple of 4, and the 6 rows of wk and wv leave the last of 4 ranks with none.
 ARGS = LlamaArgs(dim=18, n_layers=4, n_heads=3, n_kv_heads=1, vocab_size=67, ffn_hidden_dim=26, max_seq_len=16)
+
+# As small, with all that a mixture can have. A bias that moves so fast changes which experts a token meets from step to step.
+EXPERT_ARGS = DeepSeekV3Args(
+    dim=24,
+    n_layers=4,
+    n_dense_layers=1,
+    n_heads=4,
+    vocab_size=67,
+    hidden_dim=26,
+    q_lora_rank=18,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    rope_scaling=None,
+    n_experts=8,
+    top_k=3,
+    moe_hidden_dim=16,
+    n_expert_groups=4,
+    n_limited_groups=2,
+    bias_update_speed=0.05,
+    max_seq_len=16,
+)
 
 GLOBAL_BATCH = 16
 SEQ_LEN = 16
@@ -175,8 +202,9 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
         device=device,
     )
     prediction_losses = build_prediction_losses(case, model, device, dims.loss_group())
+    balance = build_expert_balance(model, args=case.args, dims=dims, device=device)
     # The program's default, and a quarter of an eager case's time less than op by op.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=True)
+    optimizer = build_optimizer(model, section=OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=1e-2, beta2=0.999))
     pp_mesh = dims.mesh("pp") if dims.pp > 1 else None
     losses, grad_norms, gradients = [], [], {}
     for step in range(STEPS):
@@ -197,10 +225,12 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         grad_norms.append(clip_grad_norm(model.parameters(), max_norm=0.5, pp_mesh=pp_mesh).item())
+        balance.update(torch.zeros((), device=device))
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {name: _whole(p) for name, p in model.named_parameters()}
-    return Outcome(losses, grad_norms, gradients, parameters, {key: x.item() for key, x in predictions.items()})
+    return Outcome(
+        losses, grad_norms, gradients, _list_trained(model), {key: x.item() for key, x in predictions.items()}
+    )
 
 
 def build_prediction_losses(
@@ -225,6 +255,8 @@ def run_reference(case: Case, device_type: str = "cpu") -> Outcome:
     with torch.device("meta"):
         model = case.spec.load_model_class()(case.args)
     init_weights(model, seed=SEED, device=device_type)
+    use_loops(model)
+    balance = build_expert_balance(model, args=case.args, dims=ParallelDims(1), device=torch.device(device_type))
     prediction_losses = build_prediction_losses(case, model, torch.device(device_type))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     losses, grad_norms, gradients = [], [], {}
@@ -242,10 +274,18 @@ def run_reference(case: Case, device_type: str = "cpu") -> Outcome:
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
         grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        balance.update(torch.zeros((), device=device_type))
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {name: _whole(p) for name, p in model.named_parameters()}
-    return Outcome(losses, grad_norms, gradients, parameters, {key: x.item() for key, x in predictions.items()})
+    return Outcome(
+        losses, grad_norms, gradients, _list_trained(model), {key: x.item() for key, x in predictions.items()}
+    )
+
+
+def _list_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return what the steps changed: parameters, and the biases of routers."""
+    biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("expert_bias"))
+    return {name: _whole(tensor) for name, tensor in (*model.named_parameters(), *biases)}
 
 
 def _make_named_batch(step: int, documents: bool) -> dict[str, torch.Tensor]:

@@ -49,6 +49,37 @@ def test_meshes_hold_the_right_ranks(degrees: dict, of_rank_0: dict, of_last_ran
     assert {name: results[3][name] for name in of_last_rank} == of_last_rank
 
 
+def _expert_meshes_of(degrees: dict[str, int]) -> dict[str, list[int]]:
+    dims = ParallelDims(world_size=dist.get_world_size(), **degrees)
+    dims.build_mesh("cpu")
+    dims.build_expert_mesh()
+    names = [name for name in ("efsdp", "ep", "etp", "ehsdp", "experts") if name in dims._meshes]
+    return {name: dims.mesh(name).mesh.flatten().tolist() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "of_rank_0"),
+    [
+        ({"dp_shard": 4, "ep": 2}, {"efsdp": [0, 2], "ep": [0, 1], "experts": [0, 1]}),
+        ({"dp_shard": 2, "cp": 2, "ep": 4}, {"efsdp": [0], "ep": [0, 1, 2, 3], "experts": [0, 1, 2, 3]}),
+        ({"dp_shard": 2, "tp": 2, "ep": 2}, {"efsdp": [0, 2], "ep": [0, 1], "experts": [0, 1]}),
+        (
+            {"dp_shard": 2, "tp": 2, "ep": 2, "etp": 2},
+            {"efsdp": [0], "ep": [0, 2], "etp": [0, 1], "experts": [0, 1, 2, 3]},
+        ),
+        ({"dp_shard": 2, "tp": 2}, {"efsdp": [0, 1, 2, 3]}),
+        (
+            {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
+            {"efsdp": [0], "ep": [0, 1], "ehsdp": [0, 2], "experts": [0, 1]},
+        ),
+        ({"pp": 2, "dp_shard": 2, "ep": 2}, {"efsdp": [0], "ep": [0, 1], "experts": [0, 1]}),
+    ],
+    ids=str,
+)
+def test_experts_see_the_ranks_in_their_own_way(degrees: dict, of_rank_0: dict) -> None:
+    assert run_distributed(_expert_meshes_of, 4, degrees)[0] == of_rank_0
+
+
 def test_axis_of_degree_1_is_absent() -> None:
     assert run_distributed(_absent, 2, {"dp_shard": 2}, "tp") == [True, True]
 

@@ -113,7 +113,9 @@ def build_expert_balance(
             "debug.moe_force_load_balance = true deals tokens out to the experts in turn: a benchmark, and no training",
             extra={"same_on_all_ranks": True},
         )
-    axes = ["fsdp", *(["dp_replicate"] if dims.dp_replicate > 1 else [])] if dims.has_mesh else []
+    # Ranks of tensor parallelism route tokens of their own, too: each has a part of every sequence.
+    further = [axis for axis, degree in (("dp_replicate", dims.dp_replicate), ("tp", dims.tp)) if degree > 1]
+    axes = ["fsdp", *further] if dims.has_mesh else []
     return ExpertBalance(
         layers,
         bias_update_speed=getattr(args, "bias_update_speed", 0.0),

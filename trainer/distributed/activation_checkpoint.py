@@ -10,7 +10,8 @@ ranks of other sizes.
 
 import functools
 import logging
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,14 @@ def apply_activation_checkpoint(
     plan: ParallelPlan,
     section: ActivationCheckpointConfig,
     compiles_blocks: bool = False,
+    spreads_experts: bool = False,
     dump_folder: str | Path | None = None,
 ) -> None:
     """Checkpoint the plan's blocks in place, as the section says. Before compilation and sharding.
 
-    compiles_blocks: whether the blocks will be compiled. dump_folder: where the chart of the memory budget goes.
+    compiles_blocks: whether the blocks will be compiled. spreads_experts: whether experts are on several ranks: by operation, the
+    pieces of their blocks are checkpointed one by one, and what travels between ranks is kept. dump_folder: where the
+    chart of the memory budget goes.
 
     Raises:
         ValueError: an option that is neither `op` nor a positive number, or a memory budget without compilation.
@@ -93,6 +97,8 @@ def apply_activation_checkpoint(
         by_operation = section.selective_ac_option == "op"
         every = 1 if by_operation else _parse_every(section.selective_ac_option)
     checkpointed = [name for place, name in enumerate(names) if (_get_number(name, place) + 1) % every == 0]
+    # Selection sees every operation, those of FSDP's hooks around the experts too, which differ from pass to pass.
+    pieces = plan.list_pieces(modules, spreads_experts=spreads_experts and by_operation)
     for name in checkpointed:
         block = modules[name]
         contexts: Contexts | None = None
@@ -100,8 +106,16 @@ def apply_activation_checkpoint(
             contexts = _get_selective_contexts(block, section)
         elif _has_router(block) and not section.debug:  # torch's report has contexts of its own
             contexts = _build_contexts(CheckpointPolicy.PREFER_RECOMPUTE)
-        block.forward = _checkpointed(block.forward, section, contexts)
+        replace_methods(block, pieces[name], functools.partial(_checkpointed, section=section, contexts=contexts))
     logger.debug("activation checkpointing of %d of %d blocks", len(checkpointed), len(names))
+
+
+def replace_methods(block: nn.Module, paths: Iterable[str], change: Callable[[Callable], Callable]) -> None:
+    """Replace methods of a block and of modules in it, by path (`forward`, `moe.route`), with what `change` makes of them."""
+    for path in paths:
+        owner_name, _, method = path.rpartition(".")
+        owner = block.get_submodule(owner_name)
+        setattr(owner, method, change(getattr(owner, method)))
 
 
 def _get_number(name: str, place: int) -> int:
@@ -120,7 +134,7 @@ def _parse_every(option: str) -> int:
 
 
 def _checkpointed(
-    forward: Callable[..., Any], section: ActivationCheckpointConfig, contexts: Contexts | None
+    forward: Callable[..., Any], *, section: ActivationCheckpointConfig, contexts: Contexts | None
 ) -> Callable[..., Any]:
     options: dict[str, Any] = {
         "use_reentrant": False,
@@ -132,11 +146,17 @@ def _checkpointed(
     if contexts is not None:
         options["context_fn"] = contexts
 
-    @functools.wraps(forward)
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, **options, **kwargs)
 
-    return checkpointed_forward
+    # The compiler keeps graphs by code object. Of one code it does not see (2.11) which method it calls: after a method's graph
+    # was made, another method of the same module would run it.
+    method = getattr(forward, "__func__", forward)
+    checkpointed_forward.__code__ = _codes.setdefault(method, checkpointed_forward.__code__.replace())
+    return functools.wraps(forward)(checkpointed_forward)
+
+
+_codes: dict[Callable[..., Any], types.CodeType] = {}
 
 
 def _has_router(block: nn.Module) -> bool:

@@ -1,7 +1,9 @@
 """torch.compile, block by block: one graph for a block's code, shared by all blocks, and small enough to compile in seconds."""
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ import torch._inductor.config
 import torch.nn as nn
 from torch._dynamo.callback import callback_handler
 
-from models.plan import ParallelPlan, match_modules
+from models.common.token_dispatch import Rows
+from models.plan import ParallelPlan
 from trainer.config.schema_parallel import CompileConfig
+from trainer.distributed.activation_checkpoint import replace_methods
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +24,13 @@ def compiles_model(section: CompileConfig) -> bool:
     return section.enable and "model" in section.components
 
 
-def apply_compile(model: nn.Module, *, plan: ParallelPlan, section: CompileConfig) -> None:
+def apply_compile(
+    model: nn.Module, *, plan: ParallelPlan, section: CompileConfig, spreads_experts: bool = False
+) -> None:
     """Compile the forward of each of the plan's blocks, where the section asks for it, in place and without a graph break.
+
+    spreads_experts: whether experts are on several ranks. Their blocks are compiled piece by piece: the rows that an exchange
+    brings, and the weights that FSDP gathers for them alone, enter from outside. One graph is for any number of rows.
 
     After activation checkpointing, which becomes part of the graph; before FSDP, whose hooks stay outside of it. Names of
     modules and parameters stay as they are. Compilation happens in the first forward of each shape, and is timed in the log.
@@ -34,13 +43,27 @@ def apply_compile(model: nn.Module, *, plan: ParallelPlan, section: CompileConfi
     # Inductor's own launcher holds the interpreter's lock while the device's queue is full: when another rank stalls, no thread of
     # this process runs, neither the watchdog nor a dump of the flight recorder. Triton's lets go of it (both seen on 2.11).
     torch._inductor.config.use_static_cuda_launcher = False
+    # Methods rather than modules: hooks (FSDP's) run before and after `forward`, and no wrapper changes the names.
+    # Static shapes: a change of length, as in validation, gets a graph of its own rather than a slower one for all.
+    compiled = functools.partial(torch.compile, backend=section.backend, fullgraph=True, dynamic=False)
     modules = dict(model.named_modules())
-    for name in match_modules(plan.blocks, modules):
-        block = modules[name]
-        # The forward rather than the module: hooks (FSDP's) run before and after it, and no wrapper changes the names.
-        # Static shapes: a change of length, as in validation, gets a graph of its own rather than a slower one for all.
-        block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True, dynamic=False)
+    for name, pieces in plan.list_pieces(modules, spreads_experts=spreads_experts).items():
+        replace_methods(modules[name], pieces, lambda method: _mark_rows(compiled(method)))
     _log_compile_times()
+
+
+def _mark_rows(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a compiled function that is not compiled again for each number of rows that come to the experts."""
+
+    @functools.wraps(compiled)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        for argument in args:
+            if isinstance(argument, Rows):
+                torch._dynamo.maybe_mark_dynamic(argument.tokens, 0)
+                torch._dynamo.maybe_mark_dynamic(argument.gates, 0)
+        return compiled(*args, **kwargs)
+
+    return marked
 
 
 class _CompileTimer:

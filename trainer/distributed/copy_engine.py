@@ -10,7 +10,7 @@ A barrier before the copies says that every peer's input is there, one after the
 import math
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -163,10 +163,19 @@ def agree_on_obstacle(obstacle: str | None, device: torch.device) -> str | None:
     return obstacle or ("it cannot be used by the GPUs of another sharding group" if count else None)
 
 
-def apply_copy_engine(model: torch.nn.Module, *, group: dist.ProcessGroup, wire_dtype: torch.dtype) -> None:
-    """Have all FSDP units of `model` communicate over `group`, which has no obstacle, by copy engines."""
+def apply_copy_engine(
+    model: torch.nn.Module,
+    *,
+    group: dist.ProcessGroup,
+    wire_dtype: torch.dtype,
+    others: Collection[torch.nn.Module] = (),
+) -> None:
+    """Have the FSDP units of `model` communicate over `group`, which has no obstacle, by copy engines.
+
+    others: units that communicate over another group, which are left as they are.
+    """
     gathers, gradients = SymmetricBuffers(group), SymmetricBuffers(group)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and module not in others:
             module.set_custom_all_gather(CopyEngineAllGather(gathers))
             module.set_custom_reduce_scatter(CopyEngineReduceScatter(gradients, wire_dtype))

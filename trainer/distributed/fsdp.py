@@ -6,12 +6,14 @@ Gradients are summed over ranks, never averaged: the trainer divides the loss by
 
 import logging
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ParallelismConfig
@@ -51,8 +53,16 @@ def apply_data_parallel(
                 f"{training.dtype!r} needs a process group, of one process if need be (start with torchrun)"
             )
         return
-    wrap = _get_wrapper(dims, training)
     units = _find_units(model, plan)
+    experts = _find_experts(model, plan) if dims.spreads_experts else []
+    # One kind for all: FSDP2 does not go with replicas that know nothing of it.
+    replicated_only = dims.dp_replicate > 1 and dims.fsdp == 1 and (not experts or dims.efsdp == 1)
+    if experts:
+        # Before the blocks that they are in, which then leave them out.
+        wrap_experts = _get_wrapper(dims, training, shard_axis="efsdp", replicated_only=replicated_only)
+        for part in experts:
+            wrap_experts([part], _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=False))
+    wrap = _get_wrapper(dims, training, shard_axis="fsdp", replicated_only=replicated_only)
     for position, unit in enumerate(units):
         is_last = position == len(units) - 1
         wrap(unit, _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=is_last))
@@ -61,15 +71,22 @@ def apply_data_parallel(
         # With a plain sum reduction and no division the sum is exact, gloo can do it, and so can NCCL inside a switch.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if parallelism.fsdp_prefetch > 0:
-        _set_prefetch([unit[0] for unit in units], parallelism.fsdp_prefetch)
+    # The host waits within each block with experts, and comes too late to ask for their weights, or for the next block's.
+    prefetch = max(parallelism.fsdp_prefetch, 1 if experts and dims.efsdp > 1 else 0)
+    if prefetch > 0:
+        _set_prefetch(units, experts, prefetch)
     # Under a pipeline ranks would wait for their device, to make buffers on first use, while neighbours wait for them.
     if parallelism.fsdp_collectives != "nccl" and dims.fsdp > 1 and dims.pp == 1:
-        _use_copy_engine(model, dims=dims, parallelism=parallelism, training=training)
+        _use_copy_engine(model, experts=experts, dims=dims, parallelism=parallelism, training=training)
 
 
 def _use_copy_engine(
-    model: nn.Module, *, dims: ParallelDims, parallelism: ParallelismConfig, training: TrainingConfig
+    model: nn.Module,
+    *,
+    experts: list[nn.Module],
+    dims: ParallelDims,
+    parallelism: ParallelismConfig,
+    training: TrainingConfig,
 ) -> None:
     mesh = dims.mesh("fsdp")
     device = torch.device(mesh.device_type)
@@ -85,14 +102,16 @@ def _use_copy_engine(
     accumulation = choose_accumulation(model, parallelism=parallelism, training=training, device=device)
     # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.
     wire = training.mixed_precision_param if accumulation == "sharded" else training.mixed_precision_reduce
-    apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire))
+    apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire), others=experts)
     logger.info("FSDP communicates by copy engines, gradients as %s", wire)
 
 
-def _get_wrapper(dims: ParallelDims, training: TrainingConfig) -> Callable[[list[nn.Module], bool], None]:
+def _get_wrapper(
+    dims: ParallelDims, training: TrainingConfig, *, shard_axis: Literal["fsdp", "efsdp"], replicated_only: bool
+) -> Callable[[list[nn.Module], bool], None]:
     """Return the function that makes one communication group of some modules, given whether to reshard after forward."""
-    replicated_only = dims.dp_replicate > 1 and dims.fsdp == 1
-    mesh = dims.mesh("dp_replicate" if replicated_only else "hsdp" if dims.dp_replicate > 1 else "fsdp")
+    hybrid = {"fsdp": "hsdp", "efsdp": "ehsdp"}[shard_axis]
+    mesh = dims.mesh("dp_replicate" if replicated_only else hybrid if dims.dp_replicate > 1 else shard_axis)
     mixed_precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, training.mixed_precision_param),
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
@@ -114,9 +133,23 @@ def _get_wrapper(dims: ParallelDims, training: TrainingConfig) -> Callable[[list
             mp_policy=mixed_precision,
             offload_policy=offload,
             reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=_get_expert_placement(modules[0], dims.efsdp) if shard_axis == "efsdp" else None,
         )
 
     return wrap
+
+
+def _get_expert_placement(experts: nn.Module, ranks: int) -> Callable[[nn.Parameter], Shard]:
+    """Return along which dim to shard the weights of the experts that are together on one rank, (experts, rows, columns).
+
+    Where there are too few experts to be dealt out evenly, the rows of each are: else some ranks would hold more, and those
+    with less would receive padding.
+    """
+    shapes = [
+        weight.to_local().shape if isinstance(weight, DTensor) else weight.shape for weight in experts.parameters()
+    ]
+    is_uneven = any(shape[0] % ranks for shape in shapes) and not any(shape[1] % ranks for shape in shapes)
+    return lambda _: Shard(1 if is_uneven else 0)
 
 
 def _reshards_after_forward(parallelism: ParallelismConfig, *, pp: int, used_again_at_once: bool) -> bool:
@@ -140,20 +173,33 @@ def _find_units(model: nn.Module, plan: ParallelPlan) -> list[list[nn.Module]]:
     return units
 
 
+def _find_experts(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
+    """Return what expert parallelism spreads over meshes of its own."""
+    modules = dict(model.named_modules())
+    return [modules[f"{name}.experts"] for name in match_modules(plan.experts, modules)] if plan.experts else []
+
+
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def _set_prefetch(units: list[nn.Module], ahead: int) -> None:
-    """Have each unit start gathering the weights of the next `ahead` units, in forward and in backward order."""
-    for order, method in (
+def _set_prefetch(units: list[list[nn.Module]], experts: list[nn.Module], ahead: int) -> None:
+    """Have each unit start gathering the weights of the next `ahead` units, in forward and in backward order.
+
+    Experts come after the block that they are in, in both.
+    """
+    for units_in_order, method in (
         (units, FSDPModule.set_modules_to_forward_prefetch),
         (units[::-1], FSDPModule.set_modules_to_backward_prefetch),
     ):
-        for position, unit in enumerate(order):
+        order: list[nn.Module] = []
+        for unit in units_in_order:
+            inside = {module for part in unit for module in part.modules()}
+            order += [unit[0], *(module for module in experts if module in inside)]
+        for position, module in enumerate(order):
             upcoming = order[position + 1 : position + 1 + ahead]
             if upcoming:
-                method(unit, upcoming)  # type: ignore[arg-type]  # all of them are FSDPModule by now
+                method(module, upcoming)  # type: ignore[arg-type]  # all of them are FSDPModule by now
 
 
 def choose_accumulation(
@@ -177,10 +223,23 @@ def choose_accumulation(
         return "sharded"
     if device.type != "cuda":
         return "unsharded"
-    # Under tensor parallelism the whole of a gradient is this rank's part of the matrix.
-    whole_bytes = 4 * sum(p.numel() for p in model.parameters()) / parallelism.tensor_parallel_degree
+    whole_bytes = 4 * sum(_count_gathered(p) for p in model.parameters())
     device_bytes = torch.cuda.get_device_properties(device).total_memory
     return "unsharded" if whole_bytes <= _WHOLE_GRADIENTS_SHARE * device_bytes else "sharded"
+
+
+def _count_gathered(parameter: nn.Parameter) -> int:
+    """Return the elements of a parameter as FSDP gathers it: of a matrix that tensor parallelism cuts, or of experts, this rank's."""
+    if not isinstance(parameter, DTensor):
+        return parameter.numel()
+    mesh, names = parameter.device_mesh, parameter.device_mesh.mesh_dim_names
+    assert names is not None, "`ParallelDims` names all axes"
+    parts = [
+        mesh.size(axis)
+        for axis, (name, placement) in enumerate(zip(names, parameter.placements, strict=True))
+        if name in ("tp", "ep", "etp") and not placement.is_replicate()
+    ]
+    return parameter.numel() // prod(parts)
 
 
 def set_gradient_sync(

@@ -18,6 +18,8 @@ _KEYS = {
     "dp_shard": "parallelism.data_parallel_shard_degree",
     "cp": "parallelism.context_parallel_degree",
     "tp": "parallelism.tensor_parallel_degree",
+    "ep": "parallelism.expert_parallel_degree",
+    "etp": "parallelism.expert_tensor_parallel_degree",
 }
 
 
@@ -27,8 +29,14 @@ class ParallelDims:
 
     Ranks are numbered with pp outermost, then dp_replicate, dp_shard, cp, and tp innermost, where the network is fastest.
 
+    Experts see the same ranks in another way: pp and dp_replicate outermost as ever, then efsdp, ep, and etp innermost. ep and
+    etp take no ranks of their own. With etp = tp each expert is cut as other matrices are, and ep borrows from dp_shard x cp.
+    With etp = 1 it borrows from tp as well, whose ranks have tokens of their own (sequence parallelism). FSDP shards experts
+    over the efsdp ranks that are left.
+
     Raises:
-        ValueError: a degree is below 1, or their product is not the number of processes.
+        ValueError: a degree is below 1, their product is not the number of processes, etp is neither 1 nor tp, or ep does not
+            divide the ranks that it may borrow.
     """
 
     world_size: int
@@ -37,11 +45,13 @@ class ParallelDims:
     cp: int = 1
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int = 1
     _meshes: dict[str, DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         degrees = self._degrees()
-        for name, degree in degrees.items():
+        for name, degree in {**degrees, "ep": self.ep, "etp": self.etp}.items():
             if degree < 1:
                 raise ValueError(f"{_KEYS[name]} = {degree} must be 1 or more")
         if prod(degrees.values()) != self.world_size:
@@ -49,6 +59,17 @@ class ParallelDims:
             raise ValueError(
                 f"{product} = {prod(degrees.values())}, but there are {self.world_size} processes: "
                 f"set {_KEYS['dp_shard']} = -1 to shard over all that the other degrees leave"
+            )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.etp not in (1, self.tp):
+            raise ValueError(f"{_KEYS['etp']} = {self.etp} must be 1 or {_KEYS['tp']} = {self.tp}")
+        lent = self.fsdp * self.tp // self.etp
+        if lent % self.ep:
+            lenders = [_KEYS[name] for name in ("dp_shard", "cp", *(["tp"] if self.etp == 1 else []))]
+            raise ValueError(
+                f"{_KEYS['ep']} = {self.ep} must divide the ranks that it borrows, {' x '.join(lenders)} = {lent}"
             )
 
     @classmethod
@@ -74,7 +95,8 @@ class ParallelDims:
                     f"so {_KEYS['dp_shard']} = -1 has no whole number to become: change a degree or the number of processes"
                 )
             dp_shard = world_size // taken
-        return cls(world_size=world_size, dp_shard=dp_shard, **others)
+        experts = {"ep": parallelism.expert_parallel_degree, "etp": parallelism.expert_tensor_parallel_degree}
+        return cls(world_size=world_size, dp_shard=dp_shard, **others, **experts)
 
     def _degrees(self) -> dict[str, int]:
         return {
@@ -104,6 +126,16 @@ class ParallelDims:
         """Ranks over which FSDP shards weights: those of context parallelism, which hold the same weights, too."""
         return self.dp_shard * self.cp
 
+    @property
+    def efsdp(self) -> int:
+        """Ranks over which FSDP shards the experts that are together on one rank of ep."""
+        return self.fsdp * self.tp // (self.ep * self.etp)
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether experts see the ranks in another way than other weights do."""
+        return self.ep > 1 or self.tp > 1
+
     def build_mesh(self, device_type: str) -> None:
         """Make the meshes. Collective: all ranks call it. Without a process group (one process) there are none.
 
@@ -116,6 +148,7 @@ class ParallelDims:
             assert self.world_size == 1, "several processes need a process group"
             return
         world = init_device_mesh(device_type, (self.world_size,), mesh_dim_names=("world",))
+        self._meshes["world"] = world
         # Two views of the same ranks: weights do not care which rank reads what, data does not care who holds which weight.
         weights = self._add_view(world, pp=self.pp, dp_replicate=self.dp_replicate, fsdp=self.fsdp, tp=self.tp)
         if self.dp_replicate > 1:
@@ -130,9 +163,24 @@ class ParallelDims:
                     joined[kept] = weights[kept]._flatten(name) if len(kept) > 1 else weights[kept]
                 self._meshes[name] = joined[kept]
 
+    def build_expert_mesh(self) -> None:
+        """Make the meshes of a model with experts, after `build_mesh`. Collective: all ranks call it, if any does.
+
+        `mesh(name)` then also knows `efsdp`, `ep` and `etp`, and of these `ehsdp`, the 2-D (dp_replicate, efsdp), and
+        `experts`, over which the experts' weights are cut: ep, etp, or the 2-D (ep, etp). Axes of degree 1 are left out,
+        `efsdp` excepted.
+        """
+        degrees = {"efsdp": self.efsdp, "ep": self.ep, "etp": self.etp}
+        view = self._add_view(self.mesh("world"), pp=self.pp, dp_replicate=self.dp_replicate, **degrees)
+        if self.dp_replicate > 1:
+            self._meshes["ehsdp"] = view["dp_replicate", "efsdp"]
+        cut = tuple(name for name in ("ep", "etp") if name in self._meshes)
+        if cut:
+            self._meshes["experts"] = view[cut]
+
     def _add_view(self, world: DeviceMesh, **degrees: int) -> DeviceMesh:
         """Cut the ranks into these axes, outermost first, and remember each axis that is new."""
-        kept = {name: degree for name, degree in degrees.items() if degree > 1 or name in ("fsdp", "dp")}
+        kept = {name: degree for name, degree in degrees.items() if degree > 1 or name in ("fsdp", "dp", "efsdp")}
         view = world._unflatten(0, tuple(kept.values()), tuple(kept))
         for name in kept:
             self._meshes.setdefault(name, view[name])

@@ -14,7 +14,7 @@ Letters: B batch, S tokens of all ranks, s = S / degree tokens of one, D model w
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
@@ -24,7 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from models.common.output import LossFunction
+from models.common.router import Router
 from models.plan import ParallelPlan, match_modules
+from trainer.distributed.sequence_collectives import sum_counts
 from trainer.distributed.tensor_collectives import (
     TensorAxis,
     gather_columns,
@@ -45,7 +47,7 @@ def apply_tensor_parallel(
 ) -> None:
     """Cut the parameters of `model`, on the meta device, over `mesh`, and give its modules the plan's styles, in place.
 
-    Before anything else is applied to the model. All ranks of the mesh get the same tokens, positions, masks and
+    Before anything else is applied to the model, but for expert parallelism, which places the experts. All ranks of the mesh get the same tokens, positions, masks and
     labels, whose number S is a multiple of the degree; from block to block go activations (B, s, D).
 
     compiles_blocks: whether the plan's blocks will be compiled. async_tp: overlap communication with matrix products,
@@ -70,7 +72,9 @@ def apply_tensor_parallel(
             block = next((block for block in blocks if name.startswith(f"{block}.")), name)
             parent = modules[name.rpartition(".")[0]]
             styles[style](Site(name, modules[name], parent, modules[block], mesh, axis, placed))
-    forgotten = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    mixtures = match_modules(plan.experts, modules) if plan.experts else []
+    experts = {parameter for name in mixtures for parameter in modules[f"{name}.experts"].parameters()}
+    forgotten = [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and p not in experts]
     if forgotten:
         raise ValueError(f"ParallelPlan.tp gives no style to the modules of these parameters: {', '.join(forgotten)}")
 
@@ -211,6 +215,36 @@ class RowwiseLinear(nn.Linear):
         return scatter_sequence(F.linear(x, self.local_weight), self.axis)
 
 
+class GatheringColwiseLinear(nn.Linear):
+    """Gathers the sequence, and makes a part of the output's features. x: (B, s, in) -> (B, S, out / degree)"""
+
+    axis: TensorAxis
+    local_weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(gather_sequence(x, self.axis), self.local_weight)
+
+
+class SequenceLinear(nn.Linear):
+    """Works on this rank's tokens, with a weight that all ranks have. x: (B, s, in) -> (B, s, out)"""
+
+    axis: TensorAxis
+    local_weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, sum_gradient(self.local_weight, self.axis))
+
+
+class GatheredSequenceLinear(nn.Linear):
+    """The same, and gathers the results: for those narrower than their input. x: (B, s, in) -> (B, S, out)"""
+
+    axis: TensorAxis
+    local_weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gather_sequence(F.linear(x, sum_gradient(self.local_weight, self.axis)), self.axis)
+
+
 class SharedHeadLinear(nn.Linear):
     """Makes the one key or value head that this rank's query heads share, from a weight that all ranks have.
 
@@ -235,6 +269,24 @@ def apply_colwise(site: Site) -> None:
 def apply_rowwise(site: Site) -> None:
     site.become(RowwiseLinear)
     site.place_weight(Shard(1))
+    site.localize_weight()
+
+
+def apply_gather_seq_colwise(site: Site) -> None:
+    site.become(GatheringColwiseLinear)
+    site.place_weight(Shard(0))
+    site.localize_weight()
+
+
+def apply_sequence_linear(site: Site) -> None:
+    site.become(SequenceLinear)
+    site.place_weight(Replicate())
+    site.localize_weight()
+
+
+def apply_sequence_linear_gather(site: Site) -> None:
+    site.become(GatheredSequenceLinear)
+    site.place_weight(Replicate())
     site.localize_weight()
 
 
@@ -296,6 +348,36 @@ def apply_sequence(site: Site) -> None:
 
 def apply_gather_seq(site: Site) -> None:
     site.become(GatherSequence)
+
+
+# Experts.
+
+
+class SequenceRouter(Router):
+    """Routes this rank's tokens. x: (B, s, D)"""
+
+    axis: TensorAxis
+
+    def get_gate_weight(self) -> Tensor:
+        weight = self.gate.local_weight
+        assert isinstance(weight, Tensor), "made anew in each forward pass"
+        return sum_gradient(weight.float(), self.axis)
+
+
+def apply_router(site: Site) -> None:
+    """Have each rank route its own tokens. Their experts are the business of `expert_parallel`."""
+    site.become(SequenceRouter, sum_over_sequence=_get_sum_of_counts(site.axis))
+    router = site.module
+    assert isinstance(router, SequenceRouter)
+    gate = replace(site, name=f"{site.name}.gate", module=router.gate, parent=router, entry=site.entry)
+    gate.place_weight(Replicate())
+    gate.localize_weight()
+
+
+@functools.cache
+def _get_sum_of_counts(axis: TensorAxis) -> Callable[[Tensor], Tensor]:
+    """Return one and the same function for all routers, for compiled blocks to share a graph."""
+    return functools.partial(sum_counts, group_name=axis.group_name)
 
 
 # Vocabulary.
@@ -370,6 +452,10 @@ STYLES: Mapping[str, Style] = {
     "gather_seq": apply_gather_seq,
     "colwise": apply_colwise,
     "colwise_kv": apply_colwise_kv,
+    "gather_seq_colwise": apply_gather_seq_colwise,
     "rowwise": apply_rowwise,
+    "sequence_linear": apply_sequence_linear,
+    "sequence_linear_gather": apply_sequence_linear_gather,
+    "router": apply_router,
     "output": apply_output,
 }

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
+from models.registry import get_model_spec
 from tests.distributed.cases import ARGS, make_batch, summed_loss
 from trainer.config.schema_parallel import ActivationCheckpointConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
@@ -103,3 +104,21 @@ def test_selective_option_that_is_no_number_raises(option: str) -> None:
 def test_memory_budget_without_compile_raises() -> None:
     with pytest.raises(ValueError, match=r"compile.enable"):
         _build({"mode": "memory_budget"})
+
+
+def test_pieces_of_blocks_with_experts_have_code_objects_of_their_own() -> None:
+    """By these the compiler keeps graphs: shared by methods they could be mixed up (torch 2.11), by blocks they are compiled once."""
+    spec = get_model_spec("deepseek_v3")
+    args = spec.get_args("debugmodel")
+    with torch.device("meta"):
+        model = spec.load_model_class()(args)
+    section = ActivationCheckpointConfig(mode="selective", selective_ac_option="op")
+    apply_activation_checkpoint(model, plan=spec.build_plan(args), section=section, spreads_experts=True)
+    dense, one, other = (model.get_submodule(f"layers.{i}") for i in (0, 1, 2))
+
+    def list_codes(block: torch.nn.Module) -> list:
+        return [block.attend.__code__, block.moe.route.__code__, block.moe.experts.multiply.__code__]
+
+    assert all(a is b for a, b in zip(list_codes(one), list_codes(other), strict=True))
+    assert len({id(code) for code in (dense.forward.__code__, *list_codes(one))}) == 4
+    assert type(one).forward is one.forward.__func__, "the block itself is left as it is"

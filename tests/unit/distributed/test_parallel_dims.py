@@ -31,6 +31,13 @@ def test_shard_degree_takes_what_others_leave(settings: dict, world_size: int, e
         ({"data_parallel_replicate_degree": 0}, 2, ["data_parallel_replicate_degree (0)"]),
         ({"data_parallel_shard_degree": 0}, 2, ["parallelism.data_parallel_shard_degree = 0"]),
         ({"data_parallel_shard_degree": -2}, 2, ["parallelism.data_parallel_shard_degree = -2"]),
+        ({"expert_parallel_degree": 0}, 2, ["parallelism.expert_parallel_degree = 0"]),
+        ({"expert_parallel_degree": 3}, 4, ["expert_parallel_degree = 3 must divide", "tensor_parallel_degree = 4"]),
+        (
+            {"tensor_parallel_degree": 4, "expert_tensor_parallel_degree": 2},
+            4,
+            ["expert_tensor_parallel_degree = 2 must be 1 or parallelism.tensor_parallel_degree = 4"],
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_are_named(settings: dict, world_size: int, named: list[str]) -> None:

@@ -1,0 +1,140 @@
+"""Expert parallelism alone: losses, gradients, weights and routers' biases are those of one process that computes its experts in a loop."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from models.common.moe import MoE
+from models.common.router import Router
+from models.plan import ParallelPlan
+from tests.distributed.cases import (
+    EAGER_COMPILE,
+    EXPERT_ARGS,
+    HSDP,
+    Case,
+    Outcome,
+    assert_equal_outcomes,
+    run_case,
+    run_reference,
+)
+from tests.distributed.harness import run_distributed
+from tests.distributed.loop_experts import use_loops
+from trainer.distributed.expert_parallel import apply_expert_parallel
+from trainer.distributed.parallel_dims import ParallelDims
+
+EP2, EP4 = {"expert_parallel_degree": 2}, {"expert_parallel_degree": 4}
+TP2 = {"tensor_parallel_degree": 2}
+DDP = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
+FEW_EXPERTS = dataclasses.replace(
+    EXPERT_ARGS, n_experts=2, top_k=1, n_expert_groups=1, n_limited_groups=1, normalizes_gates=False
+)
+
+CASES = [
+    Case("one_process", base=EXPERT_ARGS),
+    # One expert on each rank of ep, for two to share: FSDP cuts its rows.
+    Case("ep2_fsdp2_few_experts", 4, EP2, base=FEW_EXPERTS),
+    Case("tp2_ddp2", 4, {**DDP, **TP2, **EP2}, base=EXPERT_ARGS),
+    Case("tp2_ddp2_ep1", 4, {**DDP, **TP2}, base=EXPERT_ARGS),
+    Case("tp2_plain_queries", 2, TP2, base=dataclasses.replace(EXPERT_ARGS, q_lora_rank=0)),
+    Case("ep2_offload", 2, EP2, training={"enable_cpu_offload": True}, base=EXPERT_ARGS),
+    Case("ep4_all_ranks", 4, EP4, base=EXPERT_ARGS),
+    Case("ep2_fsdp2_prefetch", 4, {**EP2, "fsdp_prefetch": 2}, base=EXPERT_ARGS),
+    Case("ep2_hsdp", 4, {**EP2, **HSDP}, base=EXPERT_ARGS),
+    Case("ep2_fsdp2_hsdp", 8, {**EP2, "data_parallel_replicate_degree": 2}, base=EXPERT_ARGS),
+    *(
+        Case(f"ep2_accumulate_{mode}", 4, {**EP2, "fsdp_accumulation": mode}, microbatches=2, base=EXPERT_ARGS)
+        for mode in ("sharded", "unsharded")
+    ),
+]
+
+
+@functools.cache
+def _reference(base: Any) -> Outcome:
+    return run_reference(Case("reference", base=base))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_one_process_with_a_loop_over_experts(case: Case) -> None:
+    outcomes = run_distributed(run_case, case.world_size, case)
+    assert_equal_outcomes(outcomes, _reference(case.base), case.tolerance)
+
+
+# --- where the tokens go ---
+
+TOKENS, DIM, N_EXPERTS = 12, 16, 8
+ROUTES = {
+    "as_they_like": [0.0] * 8,
+    "an_expert_without_tokens": [0.0] * 5 + [-9.0, 0.0, 0.0],
+    "one_rank_has_all": [9.0, 9.0] + [0.0] * 6,
+    "one_expert_has_half_of_all": [0.0] * 7 + [9.0],
+}
+
+
+def _run_mixtures() -> dict[str, dict[str, torch.Tensor]]:
+    """Return the largest differences from a loop over the experts, of all ranks, by route and by what differs."""
+    dims = ParallelDims(world_size=4, dp_shard=4, ep=4)
+    dims.build_mesh("cpu")
+    dims.build_expert_mesh()
+    return {name: _compare_mixtures(dims, torch.tensor(bias)) for name, bias in ROUTES.items()}
+
+
+def _compare_mixtures(dims: ParallelDims, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    rank = dist.get_rank()
+    # Ranks need not have equally many tokens.
+    x = torch.randn(1, TOKENS + rank, DIM, generator=torch.Generator().manual_seed(rank))
+    grad = torch.randn_like(x)
+    outcomes = []
+    for spreads in (False, True):
+        torch.manual_seed(7)
+        model = nn.ModuleDict({"moe": MoE(DIM, 16, router=Router(DIM, N_EXPERTS, 2))})
+        mixture = model["moe"]
+        assert isinstance(mixture, MoE)
+        mixture.router.expert_bias = bias
+        if spreads:
+            plan = ParallelPlan(fsdp_units=(), blocks="moe", experts="moe")
+            apply_expert_parallel(model, plan=plan, dims=dims, backend="standard")
+        else:
+            use_loops(model)
+        inputs = x.clone().requires_grad_()
+        out, load = mixture(inputs)
+        out.backward(grad)
+        assert inputs.grad is not None
+        outcome = {"out": out, "x": inputs.grad, "router": mixture.router.gate.weight.grad, "load": load.tokens}
+        for name, weight in mixture.experts.named_parameters():
+            if spreads:
+                outcome[name] = weight.grad.full_tensor()
+            else:
+                dist.all_reduce(weight.grad)
+                outcome[name] = weight.grad
+        outcomes.append(outcome)
+    expected, actual = outcomes
+    return {name: (actual[name] - expected[name]).abs().max() for name in expected}
+
+
+def test_rows_come_back_wherever_they_went() -> None:
+    for by_route in run_distributed(_run_mixtures, 4):
+        for route, differences in by_route.items():
+            assert all(difference < 1e-6 for difference in differences.values()), (route, differences)
+
+
+# --- compiled ---
+
+
+def _count_graphs() -> tuple[Outcome, int]:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    case = Case("", 2, EP2, compile=EAGER_COMPILE, base=EXPERT_ARGS)
+    return run_case(case), counters["stats"]["unique_graphs"]
+
+
+def test_experts_have_one_graph_for_any_number_of_rows() -> None:
+    """In three blocks and three steps ranks get 9 numbers of rows."""
+    for _, n_graphs in run_distributed(_count_graphs, 2, timeout=240.0):
+        # The dense block; of a block with experts what comes before, routing, the shared experts, the experts; two of the loss.
+        assert n_graphs <= 7
