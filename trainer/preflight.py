@@ -278,7 +278,11 @@ def _check_args(args: Any, config: JobConfig) -> Iterator[Problem]:
 def _check_parallelism(args: Any, config: JobConfig) -> Iterator[Problem]:
     """Parallelisms that the model does not have, or that its sizes do not allow."""
     section = config.parallelism
-    if max(section.tensor_parallel_degree, section.context_parallel_degree, section.pipeline_parallel_degree) <= 1:
+    degrees = (
+        *(section.tensor_parallel_degree, section.context_parallel_degree, section.pipeline_parallel_degree),
+        *(section.expert_parallel_degree, section.expert_tensor_parallel_degree),
+    )
+    if max(degrees) <= 1:
         return
     plan = get_model_spec(config.model.name).build_plan(args)
     model = Model(args, plan, f"model.flavor = {config.model.flavor} of {config.model.name}")

@@ -9,10 +9,13 @@ from trainer.config.fields import format_choices
 from trainer.config.pipeline_layout import LAYERS_PER_STAGE, PARTS, list_stage_modules, plan_pipeline
 from trainer.config.schedules import SCHEDULE, SCHEDULE_CSV
 from trainer.config.schema_parallel import ParallelismConfig
+from trainer.config.validate_experts import EP, ETP
 from trainer.config.validate_parallel import CP, PP, SHARD, TP
 from trainer.config.validate_pipeline import find_schedule
 
 _MODEL_KEYS = ("model.name", "model.flavor")
+# Numbers in bf16 that make 16 bytes.
+_GROUPED_MULTIPLE = 8
 _METHOD = "parallelism.context_parallel_method"
 
 
@@ -34,6 +37,28 @@ def find_parallel_model_problems(model: Model, parallelism: ParallelismConfig) -
         yield from _check_context_parallel(model, parallelism)
     if parallelism.pipeline_parallel_degree > 1:
         yield from _check_pipeline_parallel(model, parallelism)
+    if max(parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree) > 1:
+        yield from _check_expert_parallel(model, parallelism)
+
+
+def _check_expert_parallel(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
+    degree, cut = parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree
+    if not model.plan.experts:
+        key, value = (EP, degree) if degree > 1 else (ETP, cut)
+        yield Problem(f"{key} = {value}: {model.name} has no experts. Use 1.", (key, *_MODEL_KEYS))
+        return
+    n_experts = getattr(model.args, "n_experts", None) or 0
+    if n_experts % degree:
+        choices = format_choices(d for d in range(1, n_experts + 1) if n_experts % d == 0)
+        message = f"{EP} = {degree}: must divide n_experts = {n_experts} of {model.name}, for each rank to have as many. Use {choices}."
+        yield Problem(message, (EP, *_MODEL_KEYS))
+    width = getattr(model.args, "moe_hidden_dim", None) or 0
+    if cut > 1 and width % (cut * _GROUPED_MULTIPLE):
+        message = (
+            f"{ETP} = {cut}: moe_hidden_dim = {width} of {model.name} must be a multiple of {cut} x {_GROUPED_MULTIPLE}: rows of a "
+            "grouped matrix product begin at multiples of 16 bytes. Use 1, or another width."
+        )
+        yield Problem(message, (ETP, TP, *_MODEL_KEYS))
 
 
 def _refuse_without_plan(key: str, degree: int, model: Model, attribute: str, instead: str) -> Problem:
@@ -56,15 +81,17 @@ def _check_tensor_parallel(model: Model, parallelism: ParallelismConfig) -> Iter
         yield _refuse_without_plan(TP, degree, model, "tp", f"shard with {SHARD}")
         return
     heads, kv_heads = _get_heads(model.args)
-    width = getattr(model.args, "hidden_dim", None) or 0
+    widths = {"hidden_dim": getattr(model.args, "hidden_dim", None) or 0}
+    if getattr(model.args, "n_shared_experts", 0):
+        widths["n_shared_experts x moe_hidden_dim"] = model.args.n_shared_experts * model.args.moe_hidden_dim
 
     def fits(candidate: int) -> bool:
         # Fewer key and value heads than ranks are repeated, each for the same number of ranks.
         kv_heads_fit = kv_heads % candidate == 0 or candidate % kv_heads == 0
-        return heads % candidate == 0 and width % candidate == 0 and kv_heads_fit
+        return heads % candidate == 0 and kv_heads_fit and not any(width % candidate for width in widths.values())
 
     if heads and not fits(degree):
-        feed_forward = f", divide hidden_dim = {width}" if width else ""
+        feed_forward = "".join(f", divide {name} = {width}" for name, width in widths.items() if width)
         message = (
             f"{TP} = {degree}: must divide n_heads = {heads} of {model.name}{feed_forward}, and divide n_kv_heads = {kv_heads} "
             f"or be a multiple of it. Use {format_choices(d for d in range(1, heads + 1) if fits(d))}."

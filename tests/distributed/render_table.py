@@ -4,7 +4,7 @@ import string
 import sys
 from pathlib import Path
 
-from tests.distributed.table import TECHNIQUES, Row, find_refusal, list_rows
+from tests.distributed.table import FURTHER_TECHNIQUES, TECHNIQUES, Row, find_refusal, list_rows
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -31,7 +31,7 @@ def render() -> str:
             told = "equal" if verdict == EQUAL else f"refused ({verdict})"
             lines.append(f"| {', '.join(t.label for t in row.techniques)} | {told} on {row.case.world_size} |")
     lines += ["", "| technique | settings |", "|-|-|"]
-    lines += [f"| {technique.label} | `{technique.settings}` |" for technique in TECHNIQUES]
+    lines += [f"| {technique.label} | `{technique.settings}` |" for technique in (*TECHNIQUES, *FURTHER_TECHNIQUES)]
     return "\n".join(lines)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models.llama3.args import LlamaArgs
-from models.llama3.plan import build_plan
-from tests.distributed.cases import GLOBAL_BATCH, Case
+from tests.distributed.cases import EXPERT_ARGS, GLOBAL_BATCH, Case
 from trainer.config.validate import find_problems
 from trainer.preflight_parallel import Model, find_parallel_model_problems
 
@@ -39,6 +38,8 @@ class Technique:
     accumulation: int = 1
     tied: bool = False
     documents: bool = False
+    experts: bool = False
+    """Whether the model has experts."""
 
 
 def _data(name: str, label: str, replicate: int, shard: int) -> Technique:
@@ -100,12 +101,35 @@ TECHNIQUES = (
     Technique("accumulation", "accumulation", "accumulation", "training.global_batch_size", accumulation=2),
     Technique("documents", "mask", "documents", "model.attn_mask_type = block_causal", documents=True),
     Technique("tied", "tied", "tied", "a flavor with tied embeddings", tied=True),
+    # It borrows the ranks of sharding, CP or TP. Without any of these there is sharding, over 2.
+    Technique(
+        "ep", "experts", "EP", "expert_parallel_degree = 2", parallelism={"expert_parallel_degree": 2}, experts=True
+    ),
     Technique(
         "bf16", "precision", "bf16", "mixed_precision_param = bfloat16", training={"mixed_precision_param": "bfloat16"}
     ),
 )
 
-BY_NAME = {technique.name: technique for technique in TECHNIQUES}
+# Not in pairs with all.
+FURTHER_TECHNIQUES = (
+    Technique("experts", "experts", "experts", "a flavor with experts", experts=True),
+    Technique(
+        "etp",
+        "tensor",
+        "ETP",
+        "tensor_parallel_degree = 2, expert_tensor_parallel_degree = 2",
+        ranks=2,
+        parallelism={"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2},
+        experts=True,
+    ),
+)
+
+BY_NAME = {technique.name: technique for technique in (*TECHNIQUES, *FURTHER_TECHNIQUES)}
+
+# Kinds that no model has together: none with experts has tied embeddings.
+_APART = {frozenset({"experts", "tied"})}
+
+_LENDERS = {"fsdp", "hsdp", "ddp", "tp"}
 
 LARGER_SETS = (
     # Where an asynchronous collective's result would enter a compiled block: gradients of the embedding vanish in silence.
@@ -145,6 +169,21 @@ LARGER_SETS = (
     ("hsdp", "pp_interleaved1f1b", "bf16"),
     ("ddp", "pp_zbvzerobubble", "accumulation"),
     ("ddp", "pp_interleavedzerobubble", "cp_allgather", "documents"),
+    ("experts", "etp", "compile", "ac_op"),
+    ("experts", "tp", "fsdp"),
+    ("ep", "fsdp", "compile", "ac_op"),
+    ("ep", "fsdp", "compile", "ac_full", "bf16"),
+    ("ep", "etp", "fsdp", "ac_full"),
+    ("ep", "etp", "fsdp", "compile", "ac_op"),
+    ("ep", "tp", "fsdp", "compile", "accumulation"),
+    ("ep", "tp", "hsdp", "ac_op"),
+    ("ep", "tp", "cp_allgather", "documents"),
+    ("ep", "cp_allgather", "documents", "compile", "ac_op"),
+    ("ep", "cp_ulysses", "fsdp", "accumulation"),
+    ("ep", "pp_1f1b", "cp_ring", "compile"),
+    ("ep", "pp_dualpipev", "ac_full", "accumulation"),
+    ("ep", "pp_dualpipev", "fsdp", "ac_op"),
+    ("ep", "pp_zbvzerobubble", "etp", "fsdp"),
 )
 
 
@@ -169,6 +208,7 @@ class Row:
         for technique in self.techniques:
             ranks *= technique.ranks
             accumulation *= technique.accumulation
+        ranks *= self._count_ranks_lent_to_experts()
         if "pipeline_parallel_degree" in merged["parallelism"]:
             # Four microbatches, or as many as there are sequences.
             local_batch = GLOBAL_BATCH // accumulation // self._count_ranks_of_data()
@@ -181,18 +221,38 @@ class Row:
             microbatches=accumulation,
             tied=any(technique.tied for technique in self.techniques),
             documents=any(technique.documents for technique in self.techniques),
-            base=ARGS,
+            base=EXPERT_ARGS if any(technique.experts for technique in self.techniques) else ARGS,
             tolerance=4e-2 if low_precision else 1e-5,
         )
 
+    @property
+    def reference(self) -> Case:
+        """What the run equals: of fp32, one process in plain code. With experts rounding decides which some tokens meet, so that
+        the reference rounds as well, and is a run on one process.
+        """
+        case = self.case
+        rounds = {"mixed_precision_param": "bfloat16"} if case.base is EXPERT_ARGS and case.training else {}
+        return Case("reference", 1, training=rounds, tied=case.tied, documents=case.documents, base=case.base)
+
     def _count_ranks_of_data(self) -> int:
-        return next((technique.ranks for technique in self.techniques if technique.kind == "data"), 1)
+        explicit = (technique.ranks for technique in self.techniques if technique.kind == "data")
+        return next(explicit, self._count_ranks_lent_to_experts())
+
+    def _count_ranks_lent_to_experts(self) -> int:
+        """Return the ranks of sharding that are there for expert parallelism to borrow."""
+        borrows = any("expert_parallel_degree" in technique.parallelism for technique in self.techniques)
+        has_lender = any(t.name in _LENDERS or t.kind == "context" for t in self.techniques)
+        return 2 if borrows and not has_lender else 1
 
 
 def list_rows() -> list[Row]:
     """Return all rows: each technique alone, every pair, and the larger sets."""
     alone = [(technique,) for technique in TECHNIQUES]
-    pairs = [(a, b) for a, b in itertools.combinations(TECHNIQUES, 2) if a.kind != b.kind]
+    pairs = [
+        (a, b)
+        for a, b in itertools.combinations(TECHNIQUES, 2)
+        if a.kind != b.kind and frozenset({a.kind, b.kind}) not in _APART
+    ]
     larger = [tuple(BY_NAME[name] for name in names) for names in LARGER_SETS]
     return [Row(techniques) for techniques in (*alone, *pairs, *larger)]
 
@@ -204,6 +264,7 @@ REFUSED = {
     frozenset({"cp_ring", "documents"}): "cannot keep attention inside documents",
     frozenset({"cp_ring_alltoall", "documents"}): "cannot keep attention inside documents",
     frozenset({"tp", "cp_ulysses"}): _NO_KV_HEAD,
+    frozenset({"ddp", "ep"}): "must divide the ranks that it borrows",
     **{frozenset({technique.name, "tied"}): _SHARED for technique in TECHNIQUES if technique.kind == "pipeline"},
 }
 """What cannot work, and a part of the reason given. Everything else must work."""
@@ -214,6 +275,6 @@ def find_refusal(row: Row) -> str | None:
     case = row.case
     config = case.config
     problems, _ = find_problems(config, world_size=case.world_size)
-    model = Model(case.args, build_plan(case.args), "the model of this table")
+    model = Model(case.args, case.spec.build_plan(case.args), "the model of this table")
     problems += find_parallel_model_problems(model, config.parallelism)
     return str(problems[0]) if problems else None

@@ -95,6 +95,8 @@ EXPERTS_SPREAD = {
     "hsdp": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
     "cp": (2, [CP]),
     "pp": (2, [PP]),
+    "ep": (4, ["--parallelism.expert_parallel_degree=2"]),
+    "tp-ep": (2, ["--parallelism.tensor_parallel_degree=2", "--parallelism.expert_parallel_degree=2"]),
     "recomputed": (1, ["--activation_checkpoint.mode=full"]),
     "fsdp-compiled": (2, ["--compile.enable", "--compile.backend=aot_eager"]),
 }
@@ -147,3 +149,21 @@ def test_experts_bias_moves_and_is_resumed(one_process_with_experts: Run, run: R
     key = "experts/layers.2/max_over_mean"
     assert run.curve(key) == pytest.approx(whole.curve(key), rel=1e-5)
     assert len(set(whole.curve(key))) > 1
+
+
+def test_experts_on_several_ranks_resume_bitwise_and_on_fewer_ranks(one_process_with_experts: Run, run: Run) -> None:
+    spread = [*EXPERTS, "--parallelism.expert_parallel_degree=4"]
+    expected = assert_succeeded(run(4, *spread, keep=(7,)))
+    curve = run.curve()
+    for step in (6, 7):
+        shutil.rmtree(run.checkpoints / f"step-{step}")
+    accounts = assert_succeeded(run(4, *spread, keep=(7,)))
+    assert sorted(accounts[0].sequences) == [5, 6, 7]
+    assert run.curve() == curve
+    for account, reference in zip(accounts, expected, strict=True):
+        assert_equal_states(account, reference, 7)
+    for step in (6, 7):
+        shutil.rmtree(run.checkpoints / f"step-{step}")
+    assert_succeeded(run(2, *EXPERTS, "--parallelism.expert_parallel_degree=2"))
+    for key in ("loss", "experts/layers.2/max_over_mean"):
+        assert run.curve(key) == pytest.approx(one_process_with_experts.curve(key), rel=1e-5), key

@@ -11,7 +11,9 @@ from models.llama3.plan import build_plan
 from models.plan import ParallelPlan
 from trainer.config.errors import ConfigError
 from trainer.config.manager import load_config
+from trainer.config.schema_parallel import ParallelismConfig
 from trainer.preflight import check
+from trainer.preflight_parallel import Model, find_parallel_model_problems
 
 TP = "parallelism.tensor_parallel_degree"
 CP = "parallelism.context_parallel_degree"
@@ -200,3 +202,49 @@ def test_combination_found_without_the_model_does_not_hide_what_the_model_refuse
 def test_degree_that_is_wrong_in_itself_is_told_once():
     (problem,) = problems_of({TP: -3, CP: 2, **ULYSSES})
     assert problem.startswith(f"{TP} = -3: must be at least 1")
+
+
+# --- experts ---
+
+EP = "parallelism.expert_parallel_degree"
+ETP = "parallelism.expert_tensor_parallel_degree"
+EXPERTS = {"model.name": "deepseek_v3", "model.flavor": "debugmodel", "training.seq_len": 2048}
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "expected"),
+    [
+        ({EP: 3}, 3, [f"{EP} = 3: must divide n_experts = 16 of model.flavor = debugmodel", "Use 1, 2, 4, 8 or 16."]),
+        ({EP: 32}, 32, [f"{EP} = 32: must divide n_experts = 16", "Use 1, 2, 4, 8 or 16."]),
+        ({"model.flavor": "16B", TP: 3}, 3, [f"{TP} = 3", "divide n_shared_experts x moe_hidden_dim = 2816"]),
+        ({"model.name": "llama3", EP: 2}, 2, [f"{EP} = 2: model.flavor = debugmodel of llama3 has no experts. Use 1."]),
+        ({"model.name": "llama3", TP: 2, ETP: 2}, 2, [f"{ETP} = 2: model.flavor", "has no experts"]),
+    ],
+    ids=str,
+)
+def test_experts_that_ranks_cannot_share_are_refused(settings, world_size, expected):
+    problems = problems_of({**EXPERTS, **settings, "training.seq_len": 2064}, world_size)
+    (problem,) = [problem for problem in problems if "seq_len = " not in problem.split(":")[0]]
+    assert all(part in problem for part in expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [({EP: 16}, 16), ({EP: 4, TP: 2, ETP: 2}, 8), ({EP: 8, TP: 2, CP: 2}, 8), ({EP: 4, PP: 2}, 8), ({TP: 4}, 8)],
+    ids=str,
+)
+def test_experts_that_ranks_can_share_are_in_order(settings, world_size):
+    assert problems_of({**EXPERTS, **settings}, world_size) == []
+
+
+def test_experts_too_narrow_to_be_cut_are_refused():
+    spec = registry.get_model_spec("deepseek_v3")
+    args = dataclasses.replace(spec.get_args("debugmodel"), moe_hidden_dim=24)
+    degrees = ParallelismConfig(tensor_parallel_degree=2, expert_tensor_parallel_degree=2)
+    (problem,) = find_parallel_model_problems(Model(args, spec.build_plan(args), "it"), degrees)
+    assert str(problem).startswith(f"{ETP} = 2: moe_hidden_dim = 24 of it must be a multiple of 2 x 8")
+
+
+def test_group_limits_that_cannot_hold_are_refused(register):
+    with pytest.raises(ValueError, match="n_limited_groups"):
+        dataclasses.replace(registry.get_model_spec("deepseek_v3").get_args("debugmodel"), n_limited_groups=5)

@@ -43,7 +43,7 @@ class ParallelismConfig:
     pipeline_parallel_microbatch_size: int = 1
     """Sequences in one microbatch of a pipeline: `training.local_batch_size` is divided into these."""
     pipeline_parallel_expert_parallel_overlap: bool = True
-    """DualPipeV: overlap the communication of experts with compute."""
+    """torchtitan's overlap of the communication of experts with the compute of another microbatch (DualPipeV). Without effect here."""
     context_parallel_degree: int = 1
     """Ranks over which each sequence is split."""
     context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
@@ -53,11 +53,11 @@ class ParallelismConfig:
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """ring: gather keys and values once (allgather), or pass them on from rank to rank while attending (alltoall), which takes less memory."""
     expert_parallel_degree: int = 1
-    """Ranks over which experts are spread."""
+    """Ranks over which the experts of a mixture are spread. It borrows the ranks of sharding and of context parallelism, and of tensor parallelism unless expert_tensor_parallel_degree cuts experts over those. It must divide the product of their degrees, and the number of experts."""
     expert_tensor_parallel_degree: int = 1
-    """Ranks over which each expert is split."""
+    """Ranks over which each expert is cut: 1, or as many as tensor_parallel_degree."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
-    """Communication between experts."""
+    """How tokens travel to experts. standard: the all-to-all of the process group's backend. deepep is not available yet."""
 
 
 @dataclass(frozen=True)

@@ -19,24 +19,15 @@ class Refusal(NamedTuple):
     reason: str
 
 
-def _is_parallel(degree: int) -> bool:
-    return degree > 1
-
-
 _USE_CUSTOM_IMPORT = (
     "a user's config class cannot be merged. Register code of your own with experimental.custom_import."
 )
 
 REFUSED: tuple[Refusal, ...] = (
     Refusal(
-        "parallelism.expert_parallel_degree",
-        _is_parallel,
-        "expert parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
-    ),
-    Refusal(
-        "parallelism.expert_tensor_parallel_degree",
-        _is_parallel,
-        "expert parallelism is not available yet. Use 1, and shard with parallelism.data_parallel_shard_degree.",
+        "parallelism.expert_parallel_comm_backend",
+        lambda backend: backend != "standard",
+        "there is no adapter for the package deep_ep yet. Use standard, the all-to-all of the process group's own backend.",
     ),
     Refusal("model.converters", bool, "no conversion (float8, MX) is available yet. Use [] to train in bfloat16."),
     Refusal("fault_tolerance.enable", bool, "TorchFT is not supported. Use checkpoint.enable, and restart."),
@@ -67,8 +58,9 @@ WITHOUT_EFFECT: dict[str, str] = {
     "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "model.print_after_conversion": "there are no conversions yet.",
-    "parallelism.pipeline_parallel_expert_parallel_overlap": "there is no expert parallelism yet.",
-    "parallelism.expert_parallel_comm_backend": "there is no expert parallelism yet.",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": (
+        "tokens travel to experts while shared experts compute, under every schedule, and never while another microbatch does."
+    ),
     "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
 }
 """Settings that change nothing, so that a value other than the default gets a warning with this reason."""

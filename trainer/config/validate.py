@@ -19,6 +19,7 @@ from trainer.config.fields import get_leaves, get_value, show, suggest
 from trainer.config.ranges import find_range_problems
 from trainer.config.schema import JobConfig
 from trainer.config.unavailable import find_refusals, find_settings_without_effect
+from trainer.config.validate_experts import EXPERT_RULES, find_lent_ranks_problems
 from trainer.config.validate_parallel import (
     DEGREES,
     PARALLEL_RULES,
@@ -69,8 +70,12 @@ def find_problems(
     for rule in _RULES:
         problems.extend(p for p in rule(config) if not wrong_alone.intersection(p.keys))
     if world_size is not None and not wrong_alone.intersection(DEGREES):
-        batch = find_degree_problems(config, world_size)
-        problems.extend(batch or find_batch_problems(config, world_size, wrong_alone))
+        degrees = find_degree_problems(config, world_size)
+        problems.extend(degrees or find_batch_problems(config, world_size, wrong_alone))
+        if not degrees:
+            problems.extend(
+                p for p in find_lent_ranks_problems(config, world_size) if not wrong_alone.intersection(p.keys)
+            )
     warnings = [*find_settings_without_effect(config)]
     for rule in _WARNING_RULES:
         warnings.extend(rule(config))
@@ -324,6 +329,7 @@ _RULES: tuple[Rule, ...] = (
     _check_compile,
     _check_activation_checkpoint,
     *PARALLEL_RULES,
+    *EXPERT_RULES,
     *PIPELINE_RULES,
 )
 

@@ -223,11 +223,7 @@ def test_missing_package_is_named(monkeypatch, key):
 
 
 REFUSED_VALUES = {
-    "parallelism.tensor_parallel_degree": "2",
-    "parallelism.context_parallel_degree": "2",
-    "parallelism.pipeline_parallel_degree": "2",
-    "parallelism.expert_parallel_degree": "2",
-    "parallelism.expert_tensor_parallel_degree": "2",
+    "parallelism.expert_parallel_comm_backend": "deepep",
     "model.converters": "quantize.linear.float8",
     "comm.mode": "fake_backend",
     "job.custom_config_module": "mine",
