@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.loop_experts import use_loops
 from trainer.distributed.expert_parallel import apply_expert_parallel
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.turns import Turns
 
 EP2, EP4 = {"expert_parallel_degree": 2}, {"expert_parallel_degree": 4}
 TP2 = {"tensor_parallel_degree": 2}
@@ -62,6 +64,40 @@ def _reference(base: Any) -> Outcome:
 def test_equals_one_process_with_a_loop_over_experts(case: Case) -> None:
     outcomes = run_distributed(run_case, case.world_size, case)
     assert_equal_outcomes(outcomes, _reference(case.base), case.tolerance)
+
+
+# --- two passes at once ---
+
+DUAL = {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "DualPipeV", **EP2}
+
+
+def _run_counting_turns(case: Case) -> tuple[Outcome, int]:
+    """Return the outcome, and how many of two passes at once let the other go on: that is 0, 1 or 2."""
+    switches = set()
+    pass_on = Turns.pass_on
+
+    def counting(turns: Turns) -> None:
+        if len(turns._running) == 2:
+            switches.add(threading.get_ident() == turns._first_thread)
+        pass_on(turns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Turns, "pass_on", counting)
+        outcome = run_case(case)
+    return outcome, len(switches)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_passes_of_dualpipev_take_turns_and_change_nothing(recomputes: bool) -> None:
+    section = {"mode": "full"} if recomputes else {}
+    case = Case("dualpipev", 4, DUAL, activation_checkpoint=section, base=EXPERT_ARGS)
+    outcomes, switches = zip(*run_distributed(_run_counting_turns, 4, case), strict=True)
+    assert switches == (1, 1, 2, 2), "the first stage, which the first two ranks have, is a dense block"
+    assert_equal_outcomes(list(outcomes), _reference(EXPERT_ARGS), case.tolerance)
+    off = dataclasses.replace(case, parallelism={**DUAL, "pipeline_parallel_expert_parallel_overlap": False})
+    outcomes, switches = zip(*run_distributed(_run_counting_turns, 4, off), strict=True)
+    assert switches == (0, 0, 0, 0)
+    assert_equal_outcomes(list(outcomes), _reference(EXPERT_ARGS), case.tolerance)
 
 
 # --- where the tokens go ---

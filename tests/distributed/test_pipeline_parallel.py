@@ -31,7 +31,8 @@ from trainer.distributed.activation_checkpoint import apply_activation_checkpoin
 from trainer.distributed.fsdp import apply_data_parallel, reshard
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.distributed.pipeline_parallel import Activations, Pipeline, build_order, build_pipeline
+from trainer.distributed.pipeline_orders import build_order
+from trainer.distributed.pipeline_parallel import Activations, Pipeline, build_pipeline
 from trainer.distributed.pipeline_stages import split_into_stages
 from trainer.distributed.weight_init import init_weights
 

@@ -21,7 +21,7 @@ from trainer.config.schedule_actions import (
     parse_actions,
 )
 from trainer.config.schedules import get_schedule_spec, list_schedules, place_stages, read_schedule
-from trainer.distributed.pipeline_parallel import build_order
+from trainer.distributed.pipeline_orders import build_order, find_overlapping
 
 
 def parse(text: str) -> Order:
@@ -201,6 +201,28 @@ def test_zero_bubble_has_less_of_it() -> None:
     assert 2 * apart < at_once < build_timetable(build_1f1b_order(4, 16)).bubble
 
 
+@pytest.mark.parametrize(("n_ranks", "n_microbatches"), [(2, 4), (2, 8), (4, 8), (4, 12)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_overlapping_passes_begin_together_and_send_afterwards(n_ranks: int, n_microbatches: int, joined: bool) -> None:
+    layout = make_layout("DualPipeV", n_ranks, 2)
+    pairs = find_overlapping(layout, n_microbatches)
+    assert pairs
+    order = build_order(layout, n_microbatches)
+    timetable = build_timetable(join_backward(order) if joined else order, pairs)
+    assert timetable.pairs == pairs
+    _check_transfers(timetable.actions, layout.ranks)
+    for actions in timetable.actions:
+        for action, following in itertools.pairwise(actions):
+            if action in pairs:
+                assert following.kind == "B"
+                assert following.stage != action.stage
+
+
+def test_other_schedules_overlap_nothing() -> None:
+    for name, degree, stages in (("ZBV", 2, 2), ("Interleaved1F1B", 2, 2), ("1F1B", 2, 1)):
+        assert not find_overlapping(make_layout(name, degree, stages), 4)
+
+
 @LAYOUTS
 def test_forward_passes_alone_fit_any_placement(layout: PipelineLayout) -> None:
     for n_microbatches in (1, 3):
@@ -233,6 +255,7 @@ def test_file_of_torch_is_read(tmp_path: Path) -> None:
     assert "OVERLAP_F_B" in path.read_text()
     file = read_schedule(path, 2)
     assert show(file.order) == show(build_order(layout, 4))
+    assert file.pairs == find_overlapping(layout, 4)
     assert (file.spec.style, file.spec.splits_backward, file.spec.microbatches, file.n_stages) == ("v", True, 4, 4)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.config.fields import format_choices
-from trainer.config.schedule_actions import Order
+from trainer.config.schedule_actions import Action, Order
 from trainer.config.schedules import (
     DEGREE,
     SCHEDULE,
@@ -70,6 +70,8 @@ class PipelineLayout:
     """Rank of each stage."""
     order: Order | None = None
     """Actions of each rank, where a file has them."""
+    pairs: frozenset[Action] = frozenset()
+    """Forward passes that such a file wants to run at once with the backward pass that follows them."""
 
     @property
     def n_ranks(self) -> int:
@@ -122,6 +124,7 @@ def plan_pipeline(section: ParallelismConfig, modules: Sequence[StageModule]) ->
         stages=tuple(map(tuple, stages)),
         ranks=place_stages(schedule.style, len(stages), n_ranks),
         order=file.order if file else None,
+        pairs=file.pairs if file else frozenset(),
     )
 
 

@@ -7,7 +7,7 @@ its weights.
 
 import re
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ _OVERLAP = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
 def parse_actions(text: str) -> list[Action]:
     """Return the actions in one cell of a schedule: none in an empty one, where the rank waits.
 
-    `(2F5;1B3)OVERLAP_F_B` are two, which run one after the other here.
+    `(2F5;1B3)OVERLAP_F_B` are two; `find_pairs` tells that they belong together.
 
     Raises:
         ValueError: the text is no action.
@@ -46,7 +46,12 @@ def parse_actions(text: str) -> list[Action]:
     text = text.strip()
     overlap = _OVERLAP.fullmatch(text)
     if overlap:
-        return [action for part in overlap[1].split(";") for action in parse_actions(part)]
+        both = [action for part in overlap[1].split(";") for action in parse_actions(part)]
+        if [action.kind for action in both] != ["F", "B"]:
+            raise ValueError(
+                f"{text!r} is no action. OVERLAP_F_B takes a forward and a backward pass, as (2F5;1B3)OVERLAP_F_B"
+            )
+        return both
     match = _ACTION.fullmatch(text)
     if match:
         return [Action(int(match[1]), match[2], int(match[3]))]
@@ -56,6 +61,13 @@ def parse_actions(text: str) -> list[Action]:
             "I and W, its parts for inputs and for weights. Transfers are added by the program"
         )
     return []
+
+
+def find_pairs(cells: Iterable[str]) -> frozenset[Action]:
+    """Return the forward passes that are to run at once with the backward pass that follows them, of another stage: those of
+    OVERLAP_F_B."""
+    both = [parse_actions(cell) for cell in cells if _OVERLAP.fullmatch(cell.strip())]
+    return frozenset(forward for forward, backward in both if forward.stage != backward.stage)
 
 
 def build_gpipe_order(n_ranks: int, n_microbatches: int) -> Order:
@@ -121,14 +133,18 @@ class Timetable:
     actions: tuple[tuple[Action, ...], ...]
     """By rank. Every two ranks have the transfers between them in the same order, all ranks together in one order that
     all keep to: so that none waits for another in a circle, even where transfers wait for each other."""
+    pairs: frozenset[Action]
+    """Forward passes that run at once with the pass that follows them."""
     bubble: float
     """Share of all ranks' time that is spent waiting, if stages cost the same, a backward pass twice a forward pass,
     and a transfer nothing."""
 
 
-def build_timetable(order: Order) -> Timetable:
+def build_timetable(order: Order, pairs: Collection[Action] = frozenset()) -> Timetable:
     """Run the order on a clock, and note each transfer with its sender and its receiver at the time when it becomes
     possible.
+
+    pairs: forward passes that run at once with the pass that follows them. Both begin when both can, and end together.
 
     Raises:
         ValueError: the ranks would wait for each other forever.
@@ -142,28 +158,36 @@ def build_timetable(order: Order) -> Timetable:
     while any(upcoming):
         ends = {}
         for rank, actions in enumerate(upcoming):
-            needed = _list_needed(actions[0], last_stage) if actions else []
-            if actions and all(action in done for action in needed):
+            group = _list_group(actions, pairs)
+            needed = [action for member in group for action in _list_needed(member, last_stage)]
+            if group and all(action in done for action in needed):
                 begin = max([free_from[rank], *(done[action] for action in needed)])
-                ends[rank] = begin + _DURATIONS[actions[0].kind]
+                ends[rank] = begin + sum(_DURATIONS[member.kind] for member in group)
         if not ends:
             waiting = ", ".join(f"rank {rank} with {actions[0]}" for rank, actions in enumerate(upcoming) if actions)
             raise ValueError(f"the ranks wait for each other forever: {waiting}")
         rank = min(ends, key=lambda rank: (ends[rank], rank))
-        action = upcoming[rank].popleft()
         free_from[rank] = ends[rank]
-        timed[rank].append(action)
-        # A whole backward pass gives what both of its parts give.
-        done |= {action._replace(kind=kind): ends[rank] for kind in ("IW" if action.kind == "B" else action.kind)}
-        neighbour = action.stage + {"F": 1, "W": 0}.get(action.kind, -1)
-        if 0 <= neighbour <= last_stage and rank_of[neighbour] != rank:
-            letter = "F" if action.kind == "F" else "B"
-            timed[rank].append(action._replace(kind=f"SEND_{letter}"))
-            timed[rank_of[neighbour]].append(Action(neighbour, f"RECV_{letter}", action.microbatch))
+        group = _list_group(upcoming[rank], pairs)
+        timed[rank].extend(group)
+        for action in group:
+            upcoming[rank].popleft()
+            # A whole backward pass gives what both of its parts give.
+            done |= {action._replace(kind=kind): ends[rank] for kind in ("IW" if action.kind == "B" else action.kind)}
+            neighbour = action.stage + {"F": 1, "W": 0}.get(action.kind, -1)
+            if 0 <= neighbour <= last_stage and rank_of[neighbour] != rank:
+                letter = "F" if action.kind == "F" else "B"
+                timed[rank].append(action._replace(kind=f"SEND_{letter}"))
+                timed[rank_of[neighbour]].append(Action(neighbour, f"RECV_{letter}", action.microbatch))
     work = sum(_DURATIONS[action.kind] for actions in order for action in actions)
     length = max(free_from, default=0)
     bubble = 1 - work / (length * len(order)) if length else 0.0
-    return Timetable(tuple(map(tuple, timed)), bubble)
+    return Timetable(tuple(map(tuple, timed)), frozenset(pairs), bubble)
+
+
+def _list_group(upcoming: Sequence[Action], pairs: Container[Action]) -> list[Action]:
+    """Return what a rank does next: one pass, or two at once."""
+    return [upcoming[i] for i in range(min(len(upcoming), 2 if upcoming and upcoming[0] in pairs else 1))]
 
 
 def _list_needed(action: Action, last_stage: int) -> list[Action]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.config.fields import suggest
-from trainer.config.schedule_actions import Action, Order, build_timetable, parse_actions
+from trainer.config.schedule_actions import Action, Order, build_timetable, find_pairs, parse_actions
 
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
 SCHEDULE_CSV = "parallelism.pipeline_parallel_schedule_csv"
@@ -121,6 +121,8 @@ class ScheduleFile:
 
     spec: ScheduleSpec
     order: Order
+    pairs: frozenset[Action]
+    """Forward passes that may run at once with the backward pass that follows them."""
     n_stages: int
 
 
@@ -151,13 +153,15 @@ def read_schedule(path: str | Path, n_ranks: int) -> ScheduleFile:
     for stage, rank in enumerate(stage_ranks):
         _check_complete(stage, n_microbatches, set(order[rank]), places[rank])
     style = _find_style(path, stage_ranks, n_ranks)
+    pairs = find_pairs(cell for _, row in rows for cell in row)
     try:
         build_timetable(order)
+        build_timetable(order, pairs)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     splits_backward = any(action.kind == "W" for actions in order for action in actions)
     spec = ScheduleSpec(str(path), style, splits_backward, microbatches=n_microbatches, key=SCHEDULE_CSV)
-    return ScheduleFile(spec, order, n_stages=len(stage_ranks))
+    return ScheduleFile(spec, order, pairs, n_stages=len(stage_ranks))
 
 
 def _read_rank(row: list[str], place: str) -> list[Action]:

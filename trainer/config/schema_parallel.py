@@ -43,7 +43,7 @@ class ParallelismConfig:
     pipeline_parallel_microbatch_size: int = 1
     """Sequences in one microbatch of a pipeline: `training.local_batch_size` is divided into these."""
     pipeline_parallel_expert_parallel_overlap: bool = True
-    """torchtitan's overlap of the communication of experts with the compute of another microbatch (DualPipeV). Without effect here."""
+    """DualPipeV (and OVERLAP_F_B in a file) with expert parallelism: where a forward pass waits for rows of other ranks the backward pass of another microbatch computes, and the other way round."""
     context_parallel_degree: int = 1
     """Ranks over which each sequence is split."""
     context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"

@@ -58,9 +58,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "model.print_after_conversion": "there are no conversions yet.",
-    "parallelism.pipeline_parallel_expert_parallel_overlap": (
-        "tokens travel to experts while shared experts compute, under every schedule, and never while another microbatch does."
-    ),
     "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
 }
 """Settings that change nothing, so that a value other than the default gets a warning with this reason."""

@@ -27,6 +27,7 @@ from models.common.token_dispatch import RowOrder, Rows, TokenDispatcher, sort_b
 from models.plan import ParallelPlan, match_modules
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.tensor_collectives import TensorAxis, all_gather, gather_sequence, scatter_sequence
+from trainer.distributed.turns import TURNS
 
 _ops = torch.ops._c10d_functional
 
@@ -134,6 +135,7 @@ class ExchangingDispatcher(TokenDispatcher):
         counts = _ops.wait_tensor(_start_all_to_all(by_rank, None, self.axis))  # (P, e): from each rank
         wait_for_numbers = _start_copy_to_host(torch.stack((by_rank.sum(dim=1), counts.sum(dim=1))))
         rows, _ = super().send(tokens, gates, order)
+        TURNS.pass_on()
         splits = Splits(*wait_for_numbers())
         exchanges = _Exchange(splits, self.axis), _Exchange(splits, self.axis)
         under_way = exchanges[0].start(rows.tokens), exchanges[1].start(rows.gates)
@@ -229,6 +231,7 @@ class _Depart(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
         assert gradient is not None, "what has departed has arrived"
+        TURNS.pass_on()
         return _ops.wait_tensor(gradient), None
 
 
@@ -238,6 +241,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
+        TURNS.pass_on()
         arrived = _ops.wait_tensor(x)
         return arrived.view_as(arrived)
 

@@ -5,8 +5,9 @@ runtime keeps a receive buffer for each microbatch of each stage for good, has i
 every schedule, cuts batches itself (not possible with a BlockMask), and drives FSDP in one way only.
 """
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,26 +18,23 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.profiler import record_function
 
 from models.common.output import LossFunction
 from trainer.config.pipeline_layout import PipelineLayout
 from trainer.config.schedule_actions import (
     Action,
-    Order,
     Timetable,
-    build_1f1b_order,
     build_forward_order,
-    build_gpipe_order,
     build_timetable,
     join_backward,
-    parse_actions,
 )
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.distributed.fsdp import Accumulation
+from trainer.distributed.pipeline_orders import build_order, find_overlapping
 from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.stage_copies import StageCopies
+from trainer.distributed.turns import TURNS
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +136,7 @@ def build_pipeline(
         activations=activations,
         policy=GradientPolicy(accumulation, stays_gathered),
         splits_backward=splits_backward,
+        overlaps=parallelism.pipeline_parallel_expert_parallel_overlap and parallelism.expert_parallel_degree > 1,
     )
 
 
@@ -152,6 +151,7 @@ class Pipeline:
         activations: Activations,
         policy: GradientPolicy,
         splits_backward: bool,
+        overlaps: bool,
     ) -> None:
         """See `build_pipeline`."""
         self.stages = {stage.index: stage for stage in stages}
@@ -160,6 +160,7 @@ class Pipeline:
         self.activations = activations
         self.policy = policy
         self.splits_backward = splits_backward
+        self.overlaps = overlaps
         self._copies = StageCopies(stages, group=group)
         self._begins_step = True
         self._timetables: dict[tuple[int, bool], Timetable] = {}
@@ -191,7 +192,7 @@ class Pipeline:
             self._copies.refresh()
         self._begins_step = is_last
         loss = _Pass(self, microbatches, loss_fn, valid_tokens, reduces=is_last).run(
-            timetable.actions[self.group.rank()]
+            timetable.actions[self.group.rank()], timetable.pairs
         )
         if is_last:
             self._copies.hand_over_gradients()
@@ -210,6 +211,7 @@ class Pipeline:
     def _get_timetable(self, n_microbatches: int, *, forward_only: bool) -> Timetable:
         key = n_microbatches, forward_only
         if key not in self._timetables:
+            pairs: frozenset[Action] = frozenset()
             if forward_only:
                 order = build_forward_order(self.layout.ranks, n_microbatches)
             else:
@@ -219,7 +221,8 @@ class Pipeline:
                 elif self._copies.exist:
                     # The last stage uses a weight in several places (`_check_uses`): the output's, for each depth of its loss.
                     order = join_backward(order, [len(self.layout.stages) - 1])
-            self._timetables[key] = build_timetable(order)
+                pairs = find_overlapping(self.layout, n_microbatches) if self.overlaps else frozenset()
+            self._timetables[key] = build_timetable(order, pairs)
             if not forward_only:
                 logger.info(
                     "pipeline: %s, %d stages on %d ranks, %d microbatches, %.0f %% of the time waiting",
@@ -230,41 +233,6 @@ class Pipeline:
                     100 * self._timetables[key].bubble,
                 )
         return self._timetables[key]
-
-
-@dataclass
-class _StagePlaceholder:
-    """What a schedule of torch asks of a stage, to make its table."""
-
-    num_stages: int
-    group_size: int
-    group_rank: int = 0
-    submod: None = None
-    stage_index_to_group_rank: Mapping[int, int] | None = None
-
-
-def build_order(layout: PipelineLayout, n_microbatches: int) -> Order:
-    """Return the passes of each rank in the order of the layout's schedule.
-
-    Raises:
-        ValueError: the schedule cannot run with so many microbatches.
-    """
-    layout.check_microbatches(n_microbatches)
-    n_ranks = layout.n_ranks
-    if layout.order is not None:
-        return layout.order
-    # torch has no table for these two: its classes run them by code (that for 1F1B in 2.11 and 2.13 begins with the
-    # wrong microbatch on the last rank).
-    if layout.schedule.style == "single":
-        build = build_gpipe_order if layout.schedule.name == "GPipe" else build_1f1b_order
-        return build(n_ranks, n_microbatches)
-    placeholders: Any = [_StagePlaceholder(len(layout.stages), n_ranks) for _ in layout.stages_of(0)]
-    table = get_schedule_class(layout.schedule.name)(placeholders, n_microbatches).pipeline_order
-    assert table is not None, "schedules of several stages a rank have a table"
-    return [
-        [action for cell in table[rank] if cell is not None for action in parse_actions(str(cell))]
-        for rank in range(n_ranks)
-    ]
 
 
 class _Saved(NamedTuple):
@@ -324,19 +292,22 @@ class _Pass:
         self._departing: dict[tuple[str, int, int], Tensor] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
 
-    def run(self, actions: Sequence[Action]) -> Tensor:
-        """Carry out the actions, and return the loss."""
+    def run(self, actions: Sequence[Action], pairs: Container[Action] = ()) -> Tensor:
+        """Carry out the actions, and return the loss. pairs: forward passes to run at once with the pass that follows them."""
         last_backward = {action.stage: position for position, action in enumerate(actions) if action.kind in ("B", "W")}
         for stage in self.stages.values():
             stage.module.training = self.trains  # its children have that of the model
-        for position, action in enumerate(actions):
-            final = self.reduces and last_backward.get(action.stage) == position
-            try:
-                with record_function(f"pipeline {action}"):
-                    self._carry_out(action, final)
-            except Exception as error:
-                error.add_note(f"in {action} of pipeline rank {self.group.rank()} ({self.layout.schedule.name})")
-                raise
+        steps = [
+            functools.partial(self._carry_out, action, self.reduces and last_backward.get(action.stage) == position)
+            for position, action in enumerate(actions)
+        ]
+        upcoming = iter(zip(actions, steps, strict=True))
+        for action, step in upcoming:
+            if action in pairs:
+                _, beside = next(upcoming)
+                TURNS.run(step, beside, self.activations.device)
+            else:
+                step()
         for work, _ in self._sending:
             work.wait()
         undone = [*self._saved, *self._arrived, *self._departing]
@@ -344,6 +315,15 @@ class _Pass:
         return self.loss
 
     def _carry_out(self, action: Action, final: bool) -> None:
+        """final: whether it is the last to make gradients of its stage's weights, and these are to be reduced."""
+        try:
+            with record_function(f"pipeline {action}"):
+                self._run_action(action, final)
+        except Exception as error:
+            error.add_note(f"in {action} of pipeline rank {self.group.rank()} ({self.layout.schedule.name})")
+            raise
+
+    def _run_action(self, action: Action, final: bool) -> None:
         stage, microbatch = self.stages[action.stage], action.microbatch
         match action.kind:
             case "F":
