@@ -35,6 +35,13 @@ def run(cache: Run, request) -> Run:
     ("fault", "options", "reason", "step"),
     [
         pytest.param(Fault("forward", send_term, 3, ranks=(1,)), [], "SIGTERM", 4, id="term-one-rank"),
+        pytest.param(
+            Fault("forward", send_term, 3, ranks=(1,)),
+            ["--parallelism.tensor_parallel_degree=2"],
+            "SIGTERM",
+            4,
+            id="term-one-tensor-parallel-rank",
+        ),
         pytest.param(Fault("forward", send_usr1, 3, ranks=(0, 1)), [], "SIGUSR1", 4, id="usr1-all-ranks"),
         pytest.param(Fault("forward", send_both, 3, ranks=(0, 1)), [], "SIGUSR1", 4, id="usr1-then-term-twice"),
         pytest.param(Fault("save", send_term_twice, 2, ranks=(1,)), [], "SIGTERM", 2, id="in-a-save"),
@@ -65,7 +72,7 @@ def test_signal_stops_all_ranks_at_one_step_with_one_save(run, whole, fault, opt
     saves = [line["step"] for line in run.lines("checkpoint")]
     assert saves == sorted(set(saves)), "no step is saved twice"
     assert list_steps(run.checkpoints)[-1:] == ([step] if step else [])
-    if fault.place != "forward" or reason == "SIGUSR1":
+    if options or fault.place != "forward" or reason == "SIGUSR1":
         return
     assert run_job(run, 2, *OPTIONS).status["status"] == "complete"
     assert run.curve() == whole.curve()
