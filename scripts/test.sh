@@ -28,9 +28,6 @@ check() { # NAME COMMAND...
 }
 
 PATHS=(tests/unit tests/distributed tests/faults tests/cluster)
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    PATHS+=(tests/gpu)
-fi
 for word in "$@"; do
     if [[ -e "${word%%::*}" ]]; then
         PATHS=()
@@ -42,7 +39,16 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 check "mypy" "$PYTHON" -m mypy
-check "pytest" "$PYTHON" -m pytest ${PATHS[@]+"${PATHS[@]}"} "$@"
+# Two workers: many tests compute in one process, many wait. GPUs are not shared.
+WORKERS=(-n "${TEST_WORKERS:-2}" --dist loadgroup)
+if ((${#PATHS[@]})); then
+    check "pytest" "$PYTHON" -m pytest "${WORKERS[@]}" "${PATHS[@]}" "$@"
+    if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        check "pytest on GPUs" "$PYTHON" -m pytest tests/gpu "$@"
+    fi
+else
+    check "pytest" "$PYTHON" -m pytest "$@"
+fi
 
 if ((${#FAILED[@]})); then
     printf 'FAILED: %s\n' "${FAILED[@]}" >&2
