@@ -1,10 +1,12 @@
 """Programs that tests need and Debian has: installed where that is possible and allowed."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,11 @@ def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> str:
         return f"{reason}: BLOOMERY_INSTALL=0"
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return f"{reason}: that takes root and apt-get"
+    with only_one_at_a_time():
+        return _install(programs, packages, reason)
+
+
+def _install(programs: tuple[str, ...], packages: tuple[str, ...], reason: str) -> str:
     options = ["-q", "-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=1"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
@@ -43,6 +50,14 @@ def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> str:
         if done.returncode:
             return f"{reason}: apt-get {command[0]} failed: {done.stderr[-300:]}"
     return f"{reason}: the packages do not have them" if find_missing(programs) else ""
+
+
+@contextlib.contextmanager
+def only_one_at_a_time() -> Iterator[None]:
+    """Wait for other tests that install something."""
+    with (Path(tempfile.gettempdir()) / "bloomery-packages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
