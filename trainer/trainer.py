@@ -30,7 +30,7 @@ from trainer.components.lr_scheduler import build_lr_scheduler
 from trainer.components.metrics import MetricsLogger, Workload
 from trainer.components.nonfinite import NonFiniteError, RollBackError, build_nonfinite_guard
 from trainer.components.optimizer import build_optimizer
-from trainer.components.passes import Passes, build_passes
+from trainer.components.passes import Passes, build_passes, sum_of
 from trainer.components.poisoned import PoisonedBatches
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
@@ -50,6 +50,7 @@ from trainer.distributed.startup_probe import run_startup_probe
 from trainer.distributed.stop_signals import StopSignals
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.weight_init import init_weights
+from trainer.low_precision.float8_training import build_float8_training
 from trainer.parallelize import parallelize
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,9 @@ class Trainer(AbstractContextManager):
         self.stragglers = Stragglers(device=self.device, threshold=config.metrics.straggler_threshold)
 
         self.model_args, self.model, stages, names = self._build_model()
+        self.float8 = build_float8_training(
+            self.model, converters=config.model.converters, quantize=config.quantize, dims=self.dims, device=self.device
+        )
         self.passes = self._build_passes(stages)
         self.optimizers = build_optimizer(self.model, section=config.optimizer, all_names=names)
         self.expert_balance = build_expert_balance(
@@ -208,6 +212,7 @@ class Trainer(AbstractContextManager):
         self._come_to("data")
         self.stragglers.begin_step()
         self.optimizers.zero_grad()
+        self.float8.begin_step(self.state.step + 1, is_logged=self.metrics.should_log(self.state.step + 1))
         self.prediction_losses.begin_step()
         position, sequence = self.dataloader.position(), self.dataloader.sequences
         batches = [self._next_batch() for _ in range(self.dataloader.microbatches_per_step)]
@@ -230,12 +235,14 @@ class Trainer(AbstractContextManager):
         self.checkpointer.maybe_wait_for_staging()
         self.expert_balance.update(skip)
         lr = self.lr_scheduler.get_last_lr()[0]
+        measured = self.float8.before_update()
         extra: dict[str, float | Tensor] = {}
         if self.metrics.should_log(self.state.step):
             predictions = self.prediction_losses.measure(loss=loss, valid_tokens=valid_tokens)
-            extra = {**self._get_further_values(), **predictions}
+            extra = {**self._get_further_values(), **measured, **predictions}
             self.stragglers.gather()
         self.optimizers.step(skip)
+        self.float8.after_update()
         self.lr_scheduler.step()
         self.state.tokens_seen = self.metrics.tokens_seen
         self.metrics.log(self.state.step, loss=loss, grad_norm=grad_norm, lr=lr, extra=extra)
@@ -261,6 +268,7 @@ class Trainer(AbstractContextManager):
         failed = self.state.step
         self.watchdog.progress(failed, "checkpoint")
         self.expert_balance.forget()
+        self.float8.forget()
         if not self.checkpointer.load_newest():
             raise NonFiniteError(f"{error}. There is no checkpoint yet to go back to") from error
         self.metrics.rewind(self.state.step, tokens_seen=self.state.tokens_seen, failed_step=failed)
@@ -351,6 +359,7 @@ class Trainer(AbstractContextManager):
 
     def _finish(self) -> None:
         self.checkpointer.close()
+        self.float8.finish()
         self._report_saves()
         section = self.config.checkpoint
         self.metrics.close(checkpoint=self.dump_folder / section.folder if section.enable else None)
@@ -437,12 +446,13 @@ class Trainer(AbstractContextManager):
 
     def _build_checkpointer(self) -> CheckpointManager:
         section = self.config.checkpoint
-        states = {
+        states: dict[str, Any] = {
             "model": self.model,
             "optimizer": self.optimizers,
             "lr_scheduler": self.lr_scheduler,
             "dataloader": self.dataloader,
             "train_state": self.state,
+            **self.float8.states(),
         }
         batch = self.dataloader.shape.global_batch_size
         settings = describe_settings(self.config, self.model_args, global_batch_size=batch)
@@ -453,8 +463,7 @@ class Trainer(AbstractContextManager):
         return CheckpointManager(states, section=section, folder=folder, settings=settings, hugging_face=hugging_face)
 
     def _build_metrics(self) -> MetricsLogger:
-        config = self.config
-        seq_len = config.training.seq_len
+        config, seq_len = self.config, self.config.training.seq_len
         return MetricsLogger(
             section=config.metrics,
             dump_folder=self.dump_folder,
@@ -489,8 +498,3 @@ class Trainer(AbstractContextManager):
             should_stop=self.stopper.poll,
             freq=self.config.validation.freq,
         )
-
-
-def sum_of(values: list[Tensor]) -> Tensor:
-    """Return the sum of 0-dim tensors."""
-    return torch.stack(values).sum()

@@ -26,10 +26,12 @@ from trainer.components.passes import build_passes
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from trainer.config.schema_quantize import Float8LinearConfig, QuantizeConfig, QuantizeLinearConfig
 from trainer.config.schema_training import ModelConfig, OptimizerConfig, TrainingConfig
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import init_weights
+from trainer.low_precision.float8_training import build_float8_training
 from trainer.parallelize import parallelize
 
 # No size is a multiple of 4, and the 6 rows of wk and wv leave the last of 4 ranks with none.
@@ -74,6 +76,8 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     activation_checkpoint: dict[str, Any] = field(default_factory=dict)
     compile: dict[str, Any] = field(default_factory=dict)
+    float8: dict[str, Any] | None = None
+    """Settings of `quantize.linear.float8`, which is off without."""
     microbatches: int = 1
     tied: bool = False
     documents: bool = False
@@ -104,8 +108,11 @@ class Case:
             "global_batch_size": GLOBAL_BATCH,
             "local_batch_size": GLOBAL_BATCH // ranks_of_data // self.microbatches,
         }
+        float8 = QuantizeLinearConfig(float8=Float8LinearConfig(**(self.float8 or {})))
+        converters = [] if self.float8 is None else ["float8"]
         return JobConfig(
-            model=ModelConfig(attn_mask_type=self.args.attn_mask_type),
+            model=ModelConfig(attn_mask_type=self.args.attn_mask_type, converters=converters),
+            quantize=QuantizeConfig(linear=float8),
             parallelism=parallelism,
             training=TrainingConfig(**{**training, **self.training}),
             activation_checkpoint=ActivationCheckpointConfig(**{"mode": "none", **self.activation_checkpoint}),
@@ -174,6 +181,8 @@ class Outcome:
     grad_norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    float8: dict[str, list[float]] = field(default_factory=dict)
+    """The last scales of float8 layers here, where they are remembered."""
     predictions: dict[str, float] = field(default_factory=dict)
 
 
@@ -189,6 +198,9 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
     stages = parallelize(model, plan=case.spec.build_plan(case.args), dims=dims, config=config)
     offloads = config.training.enable_cpu_offload
     init_weights(model, seed=SEED, device="cpu" if offloads else device, buffer_device=device)
+    float8 = build_float8_training(
+        model, converters=config.model.converters, quantize=config.quantize, dims=dims, device=device
+    )
     loss_fn = build_loss(chunk_size=7, compilation=config.compile, parallelism=config.parallelism, dims=dims)
     passes = build_passes(
         model,
@@ -225,11 +237,20 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         grad_norms.append(clip_grad_norm(model.parameters(), max_norm=0.5, pp_mesh=pp_mesh).item())
+        float8.before_update()
         balance.update(torch.zeros((), device=device))
         optimizer.step()
+        float8.after_update()
         optimizer.zero_grad()
+    history = {} if float8.history is None else float8.history.state_dict()
+    scales = {name: scale.tolist() for name, scale in history.items() if name.endswith(".scale")}
     return Outcome(
-        losses, grad_norms, gradients, _list_trained(model), {key: x.item() for key, x in predictions.items()}
+        losses,
+        grad_norms,
+        gradients,
+        _list_trained(model),
+        float8=scales,
+        predictions={key: x.item() for key, x in predictions.items()},
     )
 
 

@@ -21,6 +21,8 @@ from trainer.config.schema_training import OptimizerConfig
 TINY = LlamaArgs(dim=24, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=259, ffn_hidden_dim=40, norm_eps=1e-5)
 # Enough heads for Ulysses, and enough blocks for two stages on each of two ranks.
 DEEP = LlamaArgs(dim=24, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=259, ffn_hidden_dim=40, norm_eps=1e-5)
+# Multiples of 16, for float8, also on two ranks of tensor parallelism.
+ALIGNED = LlamaArgs(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=259, ffn_hidden_dim=64, norm_eps=1e-5)
 # Smaller than the vocabulary of the byte tokenizer.
 TOO_SMALL = LlamaArgs(dim=24, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=100, ffn_hidden_dim=40)
 # A bias that moves so fast changes which expert a token meets within a few steps.
@@ -64,7 +66,7 @@ def build_momentum(parameters: list[TrainedParameter], section: OptimizerConfig)
 register_model(
     ModelSpec(
         name="bloomlet",
-        flavors={"tiny": TINY, "deep": DEEP, "too_small": TOO_SMALL},
+        flavors={"tiny": TINY, "deep": DEEP, "aligned": ALIGNED, "too_small": TOO_SMALL},
         build_plan=build_plan,
         model_class="models.llama3.model:Transformer",
         adapter_class="models.llama3.state_dict_adapter:Llama3Adapter",

@@ -124,6 +124,11 @@ class Passes:
         return {"mtp_tokens": tokens, "mtp_labels": labels}
 
 
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-dim tensors."""
+    return torch.stack(list(values)).sum()
+
+
 def build_passes(
     model: nn.Module,
     stages: Sequence[Stage],

@@ -16,13 +16,15 @@ HARMLESS = (
     "job.*", "profiling.*", "metrics.*", "checkpoint.*", "comm.*", "memory_estimation.*", "fault_tolerance.*", "validation.*",
     "data.cache_dir", "data.prepare_workers", "data.max_bad_rows", "data.read_retries", "data.read_timeout_seconds",
     "model.print_after_conversion", "training.steps", "training.gc_*", "training.dataloader.*", "training.nonfinite_*",
-    "training.spike_*",
+    "training.spike_*", "quantize.linear.float8.write_scales_file", "quantize.linear.float8.measure_freq",
 )  # fmt: skip
 """Globs of what leaves the weights alone. The number of steps counts by the schedule that it sets."""
 
 ROUNDING = (
     "parallelism.*", "activation_checkpoint.*", "compile.*", "debug.deterministic*", "optimizer.implementation",
     "training.local_batch_size", "training.loss_chunk_size", "training.enable_cpu_offload",
+    "quantize.linear.float8.fused_cast", "quantize.linear.float8.force_recompute_fp8_weight_in_bwd",
+    "quantize.linear.float8.pad_inner_dim",
 )  # fmt: skip
 """Globs of what gives the same result up to rounding. (A batch is compared by all its sequences.)"""
 
@@ -47,6 +49,7 @@ _KEYS_OF_PART = {
     "optimizer": ("optimizer.*",),
     "lr_scheduler": ("lr_scheduler.*",),
     "model": ("model.*", "model_args.*"),
+    "float8": ("model.converters", "quantize.linear.float8.*"),
 }
 
 

@@ -1,8 +1,9 @@
 """The whole configuration of a run: `JobConfig` and the sections about the run itself.
 
 Sections are frozen dataclasses; the string under a field is its `--help` text. Key names are those of torchtitan
-v0.2.2 where it has the key. What a section describes stands in one of three files: the run (here), the model and its
-training (`schema_training.py`), how it is spread over devices (`schema_parallel.py`). No file here imports torch.
+v0.2.2 where it has the key. What a section describes stands in one of four files: the run (here), the model and its
+training (`schema_training.py`), how it is spread over devices (`schema_parallel.py`), low precision
+(`schema_quantize.py`). No file here imports torch.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from trainer.config.schema_parallel import (
     FaultToleranceConfig,
     MemoryEstimationConfig,
     ParallelismConfig,
-    QuantizeConfig,
 )
+from trainer.config.schema_quantize import QuantizeConfig
 from trainer.config.schema_training import (
     DataConfig,
     LRSchedulerConfig,
@@ -130,7 +131,7 @@ class CheckpointConfig:
     load_step: int = -1
     """Step to resume from. -1 takes the newest."""
     exclude_from_loading: list[str] = field(default_factory=list)
-    """Parts not to load: of model, optimizer, lr_scheduler, dataloader, train_state, rng."""
+    """Parts not to load: of model, optimizer, lr_scheduler, dataloader, train_state, float8, rng."""
     enable_first_step_checkpoint: bool = False
     """Also save after the first step, to find storage problems early."""
     create_seed_checkpoint: bool = False

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from trainer.config.errors import Problem
 from trainer.config.fields import get_leaves, get_value, show
 from trainer.config.schema import JobConfig
+from trainer.config.schema_quantize import FLOAT8_CONVERTERS
 
 
 class Refusal(NamedTuple):
@@ -29,7 +30,17 @@ REFUSED: tuple[Refusal, ...] = (
         lambda backend: backend != "standard",
         "there is no adapter for the package deep_ep yet. Use standard, the all-to-all of the process group's own backend.",
     ),
-    Refusal("model.converters", bool, "no conversion (float8, MX) is available yet. Use [] to train in bfloat16."),
+    Refusal(
+        "model.converters",
+        lambda names: bool(set(names) - FLOAT8_CONVERTERS),
+        "quantize.linear.float8 (or float8, for short) is the only conversion there is: experts and MX formats are not "
+        "available. Name it alone, or use [] to train in bfloat16.",
+    ),
+    Refusal(
+        "quantize.grouped_mm.float8.fqns",
+        bool,
+        "experts in float8 are not available yet: they stay in bfloat16. Use [].",
+    ),
     Refusal("fault_tolerance.enable", bool, "TorchFT is not supported. Use checkpoint.enable, and restart."),
     Refusal(
         "memory_estimation.enable",
@@ -57,13 +68,16 @@ WITHOUT_EFFECT: dict[str, str] = {
     "checkpoint.enable_ft_dataloader_checkpoints": "there are no TorchFT replicas; every checkpoint has the data position.",
     "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
-    "model.print_after_conversion": "there are no conversions yet.",
+    "model.print_after_conversion": "what is converted, and what not, is always in the log.",
     "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
 }
 """Settings that change nothing, so that a value other than the default gets a warning with this reason."""
 
 SILENT: frozenset[str] = frozenset(
-    key for key in get_leaves() if key.startswith(("quantize.", "fault_tolerance.")) and key != "fault_tolerance.enable"
+    key
+    for key in get_leaves()
+    if key.startswith(("quantize.linear.mx.", "quantize.grouped_mm.mx.", "fault_tolerance."))
+    and key != "fault_tolerance.enable"
 )
 """Settings of features that another key switches on and that is refused: alone, they change nothing anywhere."""
 

@@ -28,8 +28,9 @@ from trainer.config.validate_parallel import (
     find_degree_problems,
 )
 from trainer.config.validate_pipeline import PIPELINE_RULES, PIPELINE_WARNING_RULES
+from trainer.config.validate_quantize import QUANTIZE_RULES, QUANTIZE_WARNING_RULES
 
-CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "float8", "rng")
 
 _NOT_EMPTY = (
     "job.dump_folder",
@@ -331,6 +332,13 @@ _RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
     *EXPERT_RULES,
     *PIPELINE_RULES,
+    *QUANTIZE_RULES,
 )
 
-_WARNING_RULES: tuple[Rule, ...] = (_warn_schedule, _warn_misleading, *PARALLEL_WARNING_RULES, *PIPELINE_WARNING_RULES)
+_WARNING_RULES: tuple[Rule, ...] = (
+    _warn_schedule,
+    _warn_misleading,
+    *PARALLEL_WARNING_RULES,
+    *PIPELINE_WARNING_RULES,
+    *QUANTIZE_WARNING_RULES,
+)

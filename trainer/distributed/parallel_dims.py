@@ -205,6 +205,20 @@ class ParallelDims:
         """Group of the ranks over which losses and token counts are summed; None without a process group."""
         return self.mesh("loss").get_group() if self.has_mesh else None
 
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """Group of the ranks that hold parts or copies of the same layers: all of this pipeline stage; None without a process group.
+
+        Under pipeline parallelism it is made on the first call, which is then collective over all ranks.
+        """
+        if not self.has_mesh:
+            return None
+        if self.pp == 1:
+            return dist.group.WORLD
+        if "stage" not in self._meshes:
+            view = self.mesh("world")._unflatten(0, (self.pp, self.world_size // self.pp), ("pp", "stage"))
+            self._meshes["stage"] = view["stage"]
+        return self._meshes["stage"].get_group()
+
     def groups(self) -> Iterator[dist.ProcessGroup]:
         """Yield each process group of this rank once, the world's first."""
         if not dist.is_initialized():

@@ -81,7 +81,8 @@ def all_gather(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
     return torch.cat(_ops.wait_tensor(gathered).chunk(axis.degree), dim=dim)
 
 
-def _reduce_scatter(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
+    """Add up what the ranks have, and keep this rank's part along `dim`, without a gradient."""
     assert x.shape[dim] % axis.degree == 0, f"{x.shape[dim]} tokens are no multiple of the degree {axis.degree}"
     outer = x.shape[:dim]
     if outer.numel() == 1 and not axis.fusible:
@@ -92,6 +93,11 @@ def _reduce_scatter(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", axis.degree, axis.group_name))
 
 
+def all_reduce_max(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Return the largest of what the ranks have, without a gradient."""
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "max", axis.group_name))
+
+
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
@@ -100,14 +106,14 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, 1, ctx.axis), None
+        return reduce_scatter(grad, 1, ctx.axis), None
 
 
 class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
         ctx.axis = axis
-        return _reduce_scatter(x, 1, axis)
+        return reduce_scatter(x, 1, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -193,13 +193,19 @@ def _localize_weight(module: nn.Module, placements: tuple[Placement, ...], *_: A
 # Matrices.
 
 
+def multiply(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    """Return x times a part of the module's weight, as the module does it. x: (..., in); weight: (out, in)"""
+    own = getattr(module, "multiply", None)  # one in low precision has its own
+    return F.linear(x, weight) if own is None else own(x, weight)
+
+
 class ColwiseLinear(nn.Linear):
     """Makes a part of the output's features. x: (B, S, in), whole -> (B, S, out / degree)"""
 
     local_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.local_weight)
+        return multiply(self, x, self.local_weight)
 
 
 class RowwiseLinear(nn.Linear):
@@ -212,7 +218,7 @@ class RowwiseLinear(nn.Linear):
     local_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return scatter_sequence(F.linear(x, self.local_weight), self.axis)
+        return scatter_sequence(multiply(self, x, self.local_weight), self.axis)
 
 
 class GatheringColwiseLinear(nn.Linear):
@@ -222,7 +228,7 @@ class GatheringColwiseLinear(nn.Linear):
     local_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(gather_sequence(x, self.axis), self.local_weight)
+        return multiply(self, gather_sequence(x, self.axis), self.local_weight)
 
 
 class SequenceLinear(nn.Linear):
@@ -232,7 +238,7 @@ class SequenceLinear(nn.Linear):
     local_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, sum_gradient(self.local_weight, self.axis))
+        return multiply(self, x, sum_gradient(self.local_weight, self.axis))
 
 
 class GatheredSequenceLinear(nn.Linear):
@@ -242,7 +248,7 @@ class GatheredSequenceLinear(nn.Linear):
     local_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return gather_sequence(F.linear(x, sum_gradient(self.local_weight, self.axis)), self.axis)
+        return gather_sequence(multiply(self, x, sum_gradient(self.local_weight, self.axis)), self.axis)
 
 
 class SharedHeadLinear(nn.Linear):
@@ -257,7 +263,7 @@ class SharedHeadLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         begin, end = self.rows
-        return F.linear(x, sum_gradient(self.local_weight, self.axis)[begin:end])
+        return multiply(self, x, sum_gradient(self.local_weight, self.axis)[begin:end])
 
 
 def apply_colwise(site: Site) -> None:
@@ -266,8 +272,8 @@ def apply_colwise(site: Site) -> None:
     site.localize_weight()
 
 
-def apply_rowwise(site: Site) -> None:
-    site.become(RowwiseLinear)
+def apply_rowwise(site: Site, cls: type[nn.Linear] = RowwiseLinear) -> None:
+    site.become(cls)
     site.place_weight(Shard(1))
     site.localize_weight()
 

@@ -1,0 +1,175 @@
+"""Float8 spread over processes: near to bf16 whatever it is combined with, and the same where nothing but the way differs."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from models.llama3.args import LlamaArgs
+from tests.distributed.cases import BF16, EAGER_COMPILE, EXPERT_ARGS, Case, Outcome, run_case, run_reference
+from tests.distributed.harness import run_distributed
+
+# On two ranks of tensor parallelism, too, each dim is a multiple of 16.
+ARGS = LlamaArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=96, max_seq_len=16)
+DEEP = dataclasses.replace(ARGS, n_layers=4)
+# Products in float8 that are not emulated take the CPU long.
+SHALLOW = dataclasses.replace(ARGS, n_layers=1)
+# Largest relative errors against one process in fp32: of losses, and in the 2-norm of gradients. Rounding to 3 bits of mantissa
+# (2 in gradients by tensor) in each layer; bf16 alone makes 0.01 to 0.02.
+TOLERANCES = {"tensorwise": (1e-3, 0.16), "rowwise": (1e-3, 0.12), "rowwise_with_gw_hp": (1e-3, 0.11)}
+
+EMULATED = {"emulate": True}
+GATHER = {**EMULATED, "enable_fsdp_float8_all_gather": True}
+PRECOMPUTE = {**GATHER, "precompute_float8_dynamic_scale_for_fsdp": True}
+DELAYED = {"recipe_name": "delayed", "delayed_warmup_steps": 1, **EMULATED}
+TP = {"tensor_parallel_degree": 2}
+ZBV = {
+    "pipeline_parallel_degree": 2,
+    "pipeline_parallel_schedule": "ZBVZeroBubble",
+    "pipeline_parallel_microbatch_size": 2,
+}
+AC = {"mode": "selective", "selective_ac_option": "op"}
+
+EXPERTS = dataclasses.replace(
+    EXPERT_ARGS,
+    dim=64,
+    n_layers=2,
+    hidden_dim=96,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    moe_hidden_dim=32,
+)
+
+
+def case(name: str, ranks: int, float8: dict, parallelism: dict | None = None, base: Any = ARGS, **more) -> Case:
+    return Case(name, ranks, parallelism or {}, training=BF16, base=base, float8=float8, **more)
+
+
+def run_cases(cases: list[Case]) -> dict[str, Outcome]:
+    return {case.name: run_case(case) for case in cases}
+
+
+def run_all(*cases: Case) -> list[dict[str, Outcome]]:
+    """What each rank has of each case, all run by the same processes."""
+    return run_distributed(run_cases, cases[0].world_size, list(cases), timeout=280)
+
+
+@functools.cache
+def reference(base: Any = ARGS) -> Outcome:
+    return run_reference(Case("reference", base=base))
+
+
+def assert_near(outcomes: list[Outcome], recipe: str = "tensorwise", base: LlamaArgs = ARGS) -> None:
+    of_loss, of_gradient = TOLERANCES[recipe]
+    expected, seen = reference(base), set()
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(expected.losses, rel=of_loss)
+        for name, gradient in outcome.gradients.items():
+            error = ((gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()).item()
+            assert error <= of_gradient, name
+            seen.add(name)
+    assert seen == set(expected.gradients)
+
+
+def test_recipes_on_two_ranks() -> None:
+    recipes = [case(name, 2, {"recipe_name": name, **EMULATED}) for name in TOLERANCES]
+    real = {"compile": EAGER_COMPILE, "activation_checkpoint": AC, "base": SHALLOW}
+    reals = [case("real", 2, {"enable_fsdp_float8_all_gather": True}, **real), case("emulated", 2, GATHER, **real)]
+    ways = [
+        case("gather", 2, GATHER),
+        case("precompute", 2, PRECOMPUTE),
+        case("ac", 2, PRECOMPUTE, activation_checkpoint=AC),
+        case("ac_compile", 2, PRECOMPUTE, activation_checkpoint=AC, compile=EAGER_COMPILE),
+        case("recast", 2, {**EMULATED, "force_recompute_fp8_weight_in_bwd": True}),
+        case("accumulation", 2, PRECOMPUTE, {"fsdp_accumulation": "sharded"}, microbatches=2),
+    ]
+    results = run_all(*recipes, *reals, *ways)
+    for name in results[0]:
+        recipe, base = name if name in TOLERANCES else "tensorwise", SHALLOW if name in ("real", "emulated") else ARGS
+        assert_near([result[name] for result in results], recipe, base)
+    losses = {name: outcome.losses for name, outcome in results[0].items()}
+    assert losses["gather"] == losses["precompute"] == losses["ac"] == losses["ac_compile"]
+    assert losses["recast"] == losses["tensorwise"] != losses["gather"], "from fp32 shards, not from bf16 weights"
+    assert losses["real"] == pytest.approx(losses["emulated"], rel=1e-4)
+
+
+def test_other_parallelisms_on_four_ranks() -> None:
+    results = run_all(
+        case("tp", 4, PRECOMPUTE, TP),
+        case("tp_compile", 4, PRECOMPUTE, TP, compile=EAGER_COMPILE, activation_checkpoint=AC),
+        case("tp_mixed", 4, {**EMULATED, "filter_fqns": ["attention.wk", "w3"]}, TP),
+        case("pp", 4, PRECOMPUTE, {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}),
+        case("zero_bubble", 4, EMULATED, ZBV, base=DEEP),
+        case("hsdp", 4, PRECOMPUTE, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}),
+    )
+    for name in results[0]:
+        assert_near([result[name] for result in results], base=DEEP if name == "zero_bubble" else ARGS)
+    assert results[0]["tp"].losses == results[0]["tp_compile"].losses
+
+
+def test_tensor_parallel_rowwise_and_with_fewer_heads_than_ranks() -> None:
+    four = {"tensor_parallel_degree": 4}
+    wide = LlamaArgs(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=128, max_seq_len=16)
+    float8 = Case("tensorwise", 4, four, training=BF16, base=wide, float8=EMULATED)
+    rowwise = Case("rowwise", 4, four, training=BF16, base=wide, float8={"recipe_name": "rowwise", **EMULATED})
+    results, expected = run_all(float8, rowwise), run_reference(Case("reference", base=wide))
+    for name, outcome in results[0].items():
+        for parameter, gradient in outcome.gradients.items():
+            exact = expected.gradients[parameter]
+            assert (gradient - exact).norm() <= TOLERANCES[name][1] * exact.norm(), parameter
+
+
+def test_model_with_experts_has_its_other_layers_in_float8() -> None:
+    """Its latent attention has matrices that tensor parallelism does not cut."""
+    delayed = {**DELAYED, "enable_fsdp_float8_all_gather": True}
+    parallelism = {**TP, "expert_parallel_degree": 2}
+    results = run_all(
+        *(case(name, 4, float8, parallelism, EXPERTS) for name, float8 in (("a", PRECOMPUTE), ("b", delayed)))
+    )
+    expected = reference(EXPERTS)
+    for outcome in (outcome for result in results for outcome in result.values()):
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-3)
+        for name, gradient in outcome.gradients.items():
+            exact = expected.gradients[name]
+            # Some tokens go to other experts.
+            assert (gradient - exact).norm() <= 0.25 * exact.norm(), name
+    assert len(results[0]["b"].float8) == 16
+
+
+def assert_same_scales(results: list[dict[str, Outcome]], names: list[str]) -> None:
+    for name in names:
+        assert_near([result[name] for result in results])
+        scales: dict[str, list[float]] = {}
+        for result in results:
+            for layer, values in result[name].float8.items():
+                assert scales.setdefault(layer, values) == values, f"{layer} with {name}"
+        assert len(scales) == 14
+        assert all(scale not in (0.0, 1.0) for values in scales.values() for scale in values)
+
+
+def test_delayed_scaling_has_the_same_scales_on_all_ranks() -> None:
+    gather = {**DELAYED, "enable_fsdp_float8_all_gather": True}
+    results = run_all(
+        case("fsdp", 2, DELAYED),
+        case("gather", 2, gather),
+        case("gather_ac_compile", 2, gather, compile=EAGER_COMPILE, activation_checkpoint=AC),
+        case("accumulation", 2, DELAYED, microbatches=2),
+        case("accumulation_ac", 2, DELAYED, microbatches=2, activation_checkpoint={"mode": "full"}),
+    )
+    assert_same_scales(results, list(results[0]))
+    losses = {name: outcome.losses for name, outcome in results[0].items()}
+    assert losses["gather"] == losses["gather_ac_compile"]
+    assert losses["accumulation"] == losses["accumulation_ac"]
+
+
+def test_delayed_scaling_has_the_same_scales_on_all_ranks_of_a_stage() -> None:
+    pipeline = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
+    results = run_all(
+        case("tp", 4, {**DELAYED, "enable_fsdp_float8_all_gather": True}, TP),
+        case("tp_pp", 4, DELAYED, {**TP, **pipeline}),
+    )
+    assert_same_scales(results, list(results[0]))

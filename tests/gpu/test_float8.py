@@ -1,0 +1,146 @@
+"""Float8 on a GPU: the fused cast against float64, and real products against emulated ones, on fresh data."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from trainer.config.schema_quantize import Float8LinearConfig
+from trainer.low_precision.float8_linear import become_float8
+from trainer.low_precision.fused_cast import cast_both_ways, cast_both_ways_plainly
+from trainer.low_precision.recipe import E4M3, E5M2, build_recipe
+from trainer.low_precision.scaling import get_amax, get_scale
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no float8 products by rows"
+    ),
+]
+
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed")
+SHAPES = ((128, 64), (4096, 1024), (257, 130), (1, 1), (1000, 7), (16, 14336))
+
+
+def poison() -> None:
+    """Leave memory behind that is full of NaN, for what is never written to show."""
+    blocks = [torch.full((2**shift,), 0x7F, dtype=torch.uint8, device="cuda") for shift in range(9, 27)]
+    del blocks
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_cast_equals_double(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    limit, epsilon = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    for seed, of in itertools.product(range(3), (torch.bfloat16, torch.float32)):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x = (torch.randn(shape, generator=generator, device="cuda") * 10.0 ** (seed - 1)).to(of)
+        # The largest element fits, just so; then some are cut off.
+        for room in (1.0, 4.0):
+            scale = get_scale(get_amax(x), dtype) * room
+            poison()
+            rows, columns, amax = cast_both_ways(x, scale, dtype)
+            exact = (x.double() * scale.double()).clamp(-limit, limit)
+            smallest = torch.finfo(dtype).smallest_normal * epsilon
+            assert ((rows.double() - exact).abs() <= (exact.abs() * epsilon).clamp(min=smallest) * 0.5001).all()
+            assert torch.equal(columns.double(), rows.double().t())
+            assert amax == x.abs().max()
+            plain = cast_both_ways_plainly(x, scale, dtype)
+            assert torch.equal(rows.view(torch.uint8), plain[0].view(torch.uint8))
+            assert torch.equal(columns.view(torch.uint8), plain[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_fused_cast_tells_what_is_not_finite(bad: float) -> None:
+    x = torch.randn(300, 200, device="cuda", dtype=torch.bfloat16)
+    x[150, 100] = bad
+    _, _, amax = cast_both_ways(x, torch.tensor(1.0, device="cuda"), E4M3)
+    assert amax.isnan() if bad != bad else amax == float("inf")
+    rows, columns, amax = cast_both_ways(torch.zeros_like(x), torch.tensor(1.0, device="cuda"), E4M3)
+    assert amax == 0
+    assert not rows.float().any()
+    assert not columns.float().any()
+
+
+def run(linear: nn.Linear, name: str, *, compiles: bool = False, **settings) -> list[Tensor]:
+    """Output, and gradients of input and weight, of the second step: delayed scaling has a past by then."""
+    module = copy.deepcopy(linear)
+    if name != "bf16":
+        become_float8(module, build_recipe(Float8LinearConfig(recipe_name=name, **settings)))
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(512, module.in_features, generator=generator, device="cuda").bfloat16().requires_grad_()
+    g = (torch.randn(512, module.out_features, generator=generator, device="cuda") * 1e-5).bfloat16()
+    if name == "delayed":
+        for kind, tensor, dtype in (("input", x, E4M3), ("weight", module.weight, E4M3), ("grad_output", g, E5M2)):
+            getattr(module, f"scale_{kind}").copy_(get_scale(get_amax(tensor.detach()), dtype))
+    if compiles:
+        module.forward = torch.compile(module.forward, fullgraph=True)
+    y = module(x)
+    y.backward(g)
+    assert x.grad is not None
+    assert module.weight.grad is not None
+    return [y.detach(), x.grad, module.weight.grad]
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(1024, 768, bias=False, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_real_products_equal_emulated_ones(name: str, compiles: bool, linear: nn.Linear) -> None:
+    torch._dynamo.reset()
+    emulated, bf16 = run(linear, name, emulate=True), run(linear, "bf16")
+    for actual, expected, exact in zip(run(linear, name, compiles=compiles), emulated, bf16, strict=True):
+        # Sums of the tensor cores have about 14 bits in forward; bf16 results have 8.
+        assert relative_error(actual, expected) < 5e-3
+        assert relative_error(actual, exact) < 0.08
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["tensorwise", "delayed"])
+def test_fused_casts_change_no_bit(name: str, compiles: bool, linear: nn.Linear) -> None:
+    torch._dynamo.reset()
+    apart = run(linear, name, fused_cast="never")
+    poison()
+    for actual, expected in zip(run(linear, name, fused_cast="all", compiles=compiles), apart, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_recipes_give_the_bits_of_torchao(linear: nn.Linear) -> None:
+    from torchao.float8 import Float8LinearConfig as TheirConfig
+    from torchao.float8.float8_linear import Float8Linear as TheirLinear
+
+    for name in RECIPES[:3]:
+        theirs = TheirLinear.from_float(copy.deepcopy(linear), config=TheirConfig.from_recipe_name(name))
+        generator = torch.Generator("cuda").manual_seed(1)
+        x = torch.randn(512, 1024, generator=generator, device="cuda").bfloat16().requires_grad_()
+        y = theirs(x)
+        y.backward((torch.randn(512, 768, generator=generator, device="cuda") * 1e-5).bfloat16())
+        for mine, expected in zip(run(linear, name), (y, x.grad, theirs.weight.grad), strict=True):
+            assert torch.equal(mine, expected), name
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_odd_number_of_tokens_needs_padding(pads: bool, linear: nn.Linear) -> None:
+    module = copy.deepcopy(linear)
+    become_float8(module, build_recipe(Float8LinearConfig(pad_inner_dim=pads)))
+    x = torch.randn(333, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = module(x)
+    if pads:
+        y.sum().backward()
+        assert module.weight.grad is not None
+        assert relative_error(module.weight.grad, (torch.ones_like(y).t() @ x).detach()) < 0.08
+    else:
+        with pytest.raises(RuntimeError):
+            y.sum().backward()

@@ -1,0 +1,72 @@
+"""Settings of float8 that do not go with each other or with the rest."""
+
+import pytest
+
+from trainer.config.manager import load_config
+from trainer.config.validate import find_problems
+
+FLOAT8 = "quantize.linear.float8"
+ON = {"model.converters": FLOAT8}
+
+
+def find(settings):
+    loaded = load_config([f"--{key}={value}" for key, value in settings.items()])
+    assert [str(p) for p in loaded.problems] == []
+    problems, warnings = find_problems(loaded.config, world_size=None)
+    return [str(p) for p in problems], [str(w) for w in warnings]
+
+
+@pytest.mark.parametrize("name", [FLOAT8, "float8", f"{FLOAT8},float8"])
+@pytest.mark.parametrize("recipe", ["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_either_name_and_every_recipe_is_accepted(name, recipe):
+    assert find({"model.converters": name, f"{FLOAT8}.recipe_name": recipe}) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["quantize.linear.mx", "fp8", "quantize.grouped_mm.float8,float8"])
+def test_other_conversion_is_refused(name):
+    (problem,), _ = find({"model.converters": name})
+    assert "quantize.linear.float8 (or float8, for short) is the only conversion" in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({f"{FLOAT8}.recipe_name": "rowwise", f"{FLOAT8}.enable_fsdp_float8_all_gather": True}, "Use tensorwise, or"),
+        (
+            {f"{FLOAT8}.recipe_name": "rowwise_with_gw_hp", f"{FLOAT8}.enable_fsdp_float8_all_gather": True},
+            "needs one scale for each weight",
+        ),
+        (
+            {f"{FLOAT8}.enable_fsdp_float8_all_gather": True, "training.enable_cpu_offload": True},
+            "cast on the host. Set one of them to false",
+        ),
+        ({"training.seq_len": 1023, "training.local_batch_size": 1}, "1023 tokens must be a multiple of 16"),
+        ({f"{FLOAT8}.recipe_name": "rowwise", f"{FLOAT8}.scaling_type_weight": "delayed"}, "has one for each row. Use"),
+        (
+            {f"{FLOAT8}.scaling_type_weight": "static"},
+            "no scale is given. Set quantize.linear.float8.static_scale_weight",
+        ),
+        ({"quantize.grouped_mm.float8.fqns": "experts"}, "experts in float8 are not available yet"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, expected):
+    (problem,), _ = find(ON | settings)
+    assert expected in problem
+
+
+@pytest.mark.parametrize("way_out", [{f"{FLOAT8}.pad_inner_dim": True}, {f"{FLOAT8}.emulate": True}])
+def test_odd_number_of_tokens_has_a_way_out(way_out):
+    assert find(ON | {"training.seq_len": 1023, "training.local_batch_size": 1} | way_out) == ([], [])
+
+
+def test_settings_without_effect_are_warned_about():
+    _, (warning,) = find({f"{FLOAT8}.emulate": True})
+    assert f"model.converters does not name {FLOAT8}" in warning
+    _, (warning,) = find(ON | {f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp": True})
+    assert "no effect without" in warning
+    _, warnings = find(ON | {f"{FLOAT8}.margin": 1, f"{FLOAT8}.static_scale_input": 2.0})
+    assert len(warnings) == 2
+    delayed = {f"{FLOAT8}.recipe_name": "delayed", f"{FLOAT8}.margin": 1, f"{FLOAT8}.amax_compute_algo": "most_recent"}
+    assert find(ON | delayed | {f"{FLOAT8}.enable_fsdp_float8_all_gather": True}) == ([], [])
+    mixed = {f"{FLOAT8}.scaling_type_input": "static", f"{FLOAT8}.static_scale_input": 2.0}
+    assert find(ON | mixed) == ([], [])

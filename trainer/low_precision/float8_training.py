@@ -1,0 +1,189 @@
+"""What a run in float8 does besides its layers' products: between the passes and the update, and after the update."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from trainer.config.schema_quantize import FLOAT8_ALIGNMENT, FLOAT8_CONVERTERS, Float8LinearConfig, QuantizeConfig
+from trainer.distributed.parallel_dims import ParallelDims
+from trainer.low_precision.float8_linear import Float8Linear, become_float8
+from trainer.low_precision.measurement import Measurement
+from trainer.low_precision.recipe import build_recipe
+from trainer.low_precision.scaling_history import Scales, ScalingHistory, set_static_scales, write_static_scales
+from trainer.low_precision.weight_gather import WeightGather, apply_weight_gather
+
+logger = logging.getLogger(__name__)
+
+
+class Float8Training:
+    """The steps of a model that may have float8 layers. Without any, each method returns at once."""
+
+    def __init__(
+        self,
+        *,
+        gather: WeightGather | None = None,
+        history: ScalingHistory | None = None,
+        measurement: Measurement | None = None,
+        write_scales: Callable[[Scales], None] | None = None,
+    ) -> None:
+        """gather: whose scales are to be found after each update. write_scales: what to do with scales at the end."""
+        self._gather = gather
+        self.history = history
+        """Of the layers here, where amaxes are recorded."""
+        self._measurement = measurement
+        self._write_scales = write_scales
+
+    def begin_step(self, step: int, *, is_logged: bool = True) -> None:
+        """Prepare for the passes of a step. is_logged: whether its metrics will be."""
+        if self._measurement is not None and is_logged:
+            self._measurement.begin_step(step)
+
+    def before_update(self) -> dict[str, Tensor]:
+        """Take note of what the passes of a step have recorded, and return its metrics, if any. Collective over all ranks."""
+        metrics = {} if self._measurement is None else self._measurement.collect()
+        if self.history is not None:
+            self.history.sync()
+        return metrics
+
+    def after_update(self) -> None:
+        """Take note of new weights. Collective over the ranks that share them."""
+        if self._gather is not None:
+            self._gather.precompute_scales()
+
+    def forget(self) -> None:
+        """Forget what belongs to the weights and the passes up to now: others are about to be loaded, in the middle of a run."""
+        if self.history is not None:
+            self.history.forget()
+        if self._gather is not None:
+            self._gather.forget_scales()
+
+    def states(self) -> dict[str, ScalingHistory]:
+        """Return what belongs into checkpoints, by name."""
+        return {} if self.history is None else {"float8": self.history}
+
+    def finish(self) -> None:
+        """Do what is due at the end of a run. Collective."""
+        if self.history is not None and self._write_scales is not None:
+            self._write_scales(self.history.get_static_scales())
+
+
+def build_float8_training(
+    model: nn.Module,
+    *,
+    converters: Sequence[str],
+    quantize: QuantizeConfig,
+    dims: ParallelDims,
+    device: torch.device,
+) -> Float8Training:
+    """Set up what a parallelized `model`, whose parameters have their memory, needs for its float8 layers, if it is to have any.
+
+    converters: `model.converters`. Collective over all ranks: a pipeline's stage without such layers, too, takes part.
+
+    Raises:
+        ValueError: static scales that are not given.
+    """
+    if FLOAT8_CONVERTERS.isdisjoint(converters):
+        return Float8Training()
+    logger.info("MFU compares with the peak of bfloat16, also in float8")
+    section = quantize.linear.float8
+    layers, recipe = _get_layers(model), build_recipe(section)
+    gather = history = measurement = write_scales = None
+    group = None
+    if recipe.has_state:
+        set_static_scales(layers, section)
+        group = dims.stage_group()
+    if any(recipe.records):
+        history = ScalingHistory(layers, section=section, group=group)
+    if section.measure_freq > 0:
+        pp_group = dims.mesh("pp").get_group() if dims.pp > 1 else None
+        measurement = Measurement(layers, freq=section.measure_freq, group=group, pp_group=pp_group, device=device)
+    if section.enable_fsdp_float8_all_gather and dims.fsdp > 1:
+        of_weights = apply_weight_gather(model, dims.mesh("fsdp"))
+        precomputes = section.precompute_float8_dynamic_scale_for_fsdp and recipe.scaling_of("weight") == "dynamic"
+        gather = of_weights if precomputes else None
+    if section.write_scales_file is not None:
+        write_scales = functools.partial(_write_scales_of_all, Path(section.write_scales_file))
+    return Float8Training(gather=gather, history=history, measurement=measurement, write_scales=write_scales)
+
+
+def _get_layers(model: nn.Module) -> dict[str, Float8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Float8Linear)}
+
+
+def _write_scales_of_all(path: Path, scales: Scales) -> None:
+    """Write the scales of all ranks' layers on rank 0. Collective."""
+    gathered: list[Scales | None] = [scales]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, scales)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        merged = {name: of for part in gathered if part is not None for name, of in part.items()}
+        write_static_scales(path, merged)
+        logger.info("wrote the scales of %d layers to %s", len(merged), path)
+
+
+# For training loops of one's own.
+
+
+def convert_to_float8_training(
+    model: nn.Module,
+    *,
+    config: Float8LinearConfig | None = None,
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """Have the `nn.Linear`s of `model` compute in float8, in place, and return it: for any network and any training loop.
+
+    config: by default `tensorwise`. With delayed scaling, or `write_scales_file`, call `sync_float8_amax_and_scale_history` between
+    the last backward pass and the update of each step, and keep `model.float8_history.state_dict()` with your checkpoints.
+    module_filter_fn: given a module and its name, whether to convert it; by default all but those with a dim that is no
+    multiple of 16. What FSDP needs for `enable_fsdp_float8_all_gather` is `weight_gather.apply_weight_gather`.
+
+    Raises:
+        ValueError: nothing to convert, or static scales that are not given.
+    """
+    config = config or Float8LinearConfig()
+    recipe = build_recipe(config)
+
+    def is_aligned(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and not any(
+            size % FLOAT8_ALIGNMENT for size in (module.in_features, module.out_features)
+        )
+
+    chosen = module_filter_fn or is_aligned
+    layers: dict[str, Float8Linear] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and chosen(module, name):
+            become_float8(module, recipe)
+            assert isinstance(module, Float8Linear)
+            layers[name] = module
+    if not layers:
+        raise ValueError("the model has no nn.Linear that is to be converted to float8")
+    if recipe.has_state:
+        set_static_scales(layers, config)
+    if any(recipe.records):
+        model.float8_history = ScalingHistory(layers, section=config)  # type: ignore[assignment]  # no module
+    return model
+
+
+def sync_float8_amax_and_scale_history(model: nn.Module) -> None:
+    """Take note of the amaxes of a step, and set the scales of the next: after all backward passes, before the update.
+
+    model: what `convert_to_float8_training` returned, or a module around it. Collective over all ranks: each has all layers.
+
+    Raises:
+        ValueError: nothing in it records amaxes.
+    """
+    histories = [
+        m.float8_history for m in model.modules() if isinstance(getattr(m, "float8_history", None), ScalingHistory)
+    ]
+    if not histories:
+        raise ValueError("no float8 layer of this model records amaxes: its scaling is dynamic or static")
+    for history in histories:
+        assert isinstance(history, ScalingHistory)
+        history.sync()
