@@ -1,0 +1,61 @@
+"""The speed tools of float8: their arithmetic, and a small run on the CPU."""
+
+import csv
+
+import pytest
+
+from scripts import float8_matmul, float8_roofline
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_roofline_speeds_up_large_layers_only():
+    gpu = float8_roofline.GPUS["H100"]
+
+    def speedup(m, k, n, recipe="tensorwise"):
+        bf16, fp8 = (float8_roofline.get_layer_seconds(m, k, n, gpu, name) for name in (None, recipe))
+        return bf16 / fp8
+
+    large, small = speedup(16384, 16384, 16384), speedup(1024, 1024, 1024)
+    assert 1.5 < large < 2
+    assert small < 1 < large
+    for shape in ((8192, 4096, 14336), (16384, 4096, 4096)):
+        assert speedup(*shape) < speedup(*shape, "delayed") < 2, "it reads tensors once"
+        assert speedup(*shape, "rowwise_with_gw_hp") < speedup(*shape, "rowwise")
+
+
+def test_roofline_counts_bytes_where_there_is_little_to_compute():
+    gpu = float8_roofline.GPUS["H200"]
+    seconds = float8_roofline.get_gemm_seconds(16, 4096, 4096, gpu, in_bytes=2)
+    moved = (16 * 4096 + 4096 * 4096 + 16 * 4096) * 2
+    assert seconds == pytest.approx(moved / (4.8e12 * float8_roofline.MEMORY_SHARE))
+
+
+def test_shapes_of_a_model():
+    shapes = float8_matmul.list_model_shapes("8B", 8192)
+    assert shapes == [(8192, 4096, 4096), (8192, 4096, 1024), (8192, 4096, 14336), (8192, 14336, 4096)]
+
+
+def test_measured_speeds_stand_beside_estimates(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "speeds"
+    recipes = ["tensorwise", "delayed"]
+    argv = ["--shapes", "32,64,48", "16,32,32", "--recipes", *recipes, "--repeats", "2", "--backend", "eager"]
+    assert float8_matmul.main([*argv, "--out", str(out)]) == 0
+    rows = read(out.with_suffix(".csv"))
+    assert [(row["M"], row["recipe"]) for row in rows] == [(m, name) for m in ("32", "16") for name in recipes]
+    assert all(float(row["layer_seconds"]) > 0 for row in rows)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    table = tmp_path / "table.csv"
+    argv = ["--gpu", "B200", "--measured", f"{out}.csv", "--csv", str(table), "--recipes", "tensorwise"]
+    assert float8_roofline.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "B200: speedup of a layer over bf16, estimated / measured"
+    assert [line.split()[:3] for line in lines[2:]] == [["16", "32", "32"], ["32", "64", "48"]]
+    assert {row["measured_speedup"] for row in read(table)} == {
+        row["layer_speedup"] for row in rows if row["recipe"] == "tensorwise"
+    }
