@@ -20,6 +20,7 @@ WORLD_SIZES = {
     "llama3_1b": [8],
     "llama3_3b": [8],
     "llama3_8b": [8, 16],
+    "llama3_8b_float8": [8, 16],
     "llama3_70b": [32, 64, 512],
     "llama3_405b": [128, 256, 8192],
 }
@@ -78,7 +79,7 @@ NOT_AVAILABLE = {
     "debug_model": [],
     "llama3_8b": [],
     "llama3_70b": [],
-    "llama3_405b": ["model.converters"],
+    "llama3_405b": [],
 }
 
 
