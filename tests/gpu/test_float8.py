@@ -142,5 +142,5 @@ def test_odd_number_of_tokens_needs_padding(pads: bool, linear: nn.Linear) -> No
         assert module.weight.grad is not None
         assert relative_error(module.weight.grad, (torch.ones_like(y).t() @ x).detach()) < 0.08
     else:
-        with pytest.raises(RuntimeError):
+        with pytest.raises((RuntimeError, ValueError)):  # which of them depends on the version of torch
             y.sum().backward()

@@ -43,7 +43,7 @@ class Conversion:
         """Yield a line for each kind of layer: those of all blocks are one."""
         kinds: dict[tuple[str, tuple[int, int], str], int] = {}
         for name, shape in self.shapes.items():
-            fate = f"stays in high precision: {self.kept[name]}" if name in self.kept else "float8"
+            fate = f"stays in high precision: {self.kept[name]}" if name in self.kept else "converted"
             kind = (re.sub(r"\.\d+\.", ".*.", name), shape, fate)
             kinds[kind] = kinds.get(kind, 0) + 1
         for (name, (n_in, n_out), fate), count in kinds.items():
@@ -104,7 +104,7 @@ def apply_float8(
             else:
                 conversion.kept[name] = reason
     for line in conversion.describe():
-        logger.info("%s: %s", section.recipe_name or "tensorwise", line)
+        logger.info("float8, %s: %s", section.recipe_name or "tensorwise", line)
     if not conversion.converted:
         raise ValueError(
             f"model.converters has {SECTION}, but no linear layer can be converted: "

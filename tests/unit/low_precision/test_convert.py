@@ -40,8 +40,8 @@ def test_all_but_the_output_is_converted_and_parameters_stay(caplog):
         n: (p.shape, p.dtype) for n, p in plain.named_parameters()
     }
     lines = caplog.messages
-    assert "tensorwise: 2 x layers.*.feed_forward.w1 (64 -> 96): float8" in lines
-    assert "tensorwise: output (64 -> 67): stays in high precision: output matrix" in lines
+    assert "float8, tensorwise: 2 x layers.*.feed_forward.w1 (64 -> 96): converted" in lines
+    assert "float8, tensorwise: output (64 -> 67): stays in high precision: output matrix" in lines
     assert len(lines) == 8
 
 
