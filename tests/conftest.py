@@ -13,19 +13,20 @@ _TABLE = "distributed/test_table.py"
 _ORDER = ["cluster", "faults", "distributed", "unit", "gpu"]
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep the tests of a file in one of several workers (pytest-xdist)."""
+    if item.path != _TESTS / _TABLE:
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one of several workers (pytest-xdist). Begin with those that mostly wait, and end with the
-    table's rows, short ones by which all workers end together."""
+    """Begin with tests that mostly wait, and end with the table's rows, short ones by which all workers end together."""
 
     def get_place(item: pytest.Item) -> int:
         folder = item.path.relative_to(_TESTS).parts[0]
         return len(_ORDER) if item.path == _TESTS / _TABLE else _ORDER.index(folder)
 
     items.sort(key=get_place)
-    for item in items:
-        if item.path != _TESTS / _TABLE:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(autouse=True)
