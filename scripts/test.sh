@@ -40,7 +40,7 @@ check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 check "mypy" "$PYTHON" -m mypy
 # Two workers: many tests compute in one process, many wait. GPUs are not shared.
-WORKERS=(-n "${TEST_WORKERS:-2}" --dist loadgroup)
+WORKERS=(-n "${TEST_WORKERS:-2}" --no-loadscope-reorder)
 if ((${#PATHS[@]})); then
     check "pytest" "$PYTHON" -m pytest "${WORKERS[@]}" "${PATHS[@]}" "$@"
     if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

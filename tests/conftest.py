@@ -1,6 +1,7 @@
 """What all tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,17 @@ _TABLE = "distributed/test_table.py"
 _ORDER = ["cluster", "faults", "distributed", "unit", "gpu"]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep the tests of a file in one of several workers (pytest-xdist)."""
-    if item.path != _TESTS / _TABLE:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one of several workers. (`--dist loadgroup` does nothing under pytest 9.2 with pytest-xdist 3.8.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(_TABLE) else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
