@@ -4,6 +4,7 @@ Everything here may run in the background, on a group of ranks that is used for 
 """
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -135,9 +136,17 @@ class CheckpointWriter:
 
     def report_failure(self, save: Save, error: Exception) -> None:
         """Raise an alarm and leave nothing behind. Not collective: does nothing but on rank 0."""
+        room = ""
         if self._rank == 0:
             files.discard_staging(self._folder, save.step)
-        self._report(save, f"CHECKPOINT NOT SAVED: {error}", error)
+            room = f" ({self._describe_room()})"
+        self._report(save, f"CHECKPOINT NOT SAVED: {error}{room}", error)
+
+    def _describe_room(self) -> str:
+        """Say how much room the disk has: a full one may show itself as any error of the library that writes."""
+        folder = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        last = f", the last checkpoint took {self.last_save.size / 2**30:.2f} GiB" if self.last_save else ""
+        return f"its disk has {shutil.disk_usage(folder).free / 2**30:.2f} GiB free{last}"
 
     def _report(self, save: Save, alarm: str, error: Exception) -> None:
         if self._rank != 0:

@@ -1,6 +1,7 @@
 """Saves that fail: an alarm, nothing left behind, and training goes on until too many in a row have failed."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,9 @@ def test_failing_save_raises_an_alarm_leaves_nothing_and_training_goes_on(tmp_pa
         run.manager.wait()
     loud = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert sum("CHECKPOINT NOT SAVED: could not write step-" in line for line in loud) == 2
+    assert any(
+        re.search(r"its disk has [\d.]+ GiB free, the last checkpoint took [\d.]+ GiB\)$", line) for line in loud
+    )
     assert "Training goes on without a checkpoint: 2 saves in a row" in loud[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
     reports = run.manager.take_reports()
