@@ -299,7 +299,11 @@ def run_reference(case: Case, device_type: str = "cpu") -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
     return Outcome(
-        losses, grad_norms, gradients, _list_trained(model), {key: x.item() for key, x in predictions.items()}
+        losses,
+        grad_norms,
+        gradients,
+        _list_trained(model),
+        predictions={key: x.item() for key, x in predictions.items()},
     )
 
 

@@ -30,19 +30,19 @@ def _poison(model: nn.Module) -> None:
 
 def _init_poisoned(model: nn.Module, seed: int) -> None:
     """`init_weights`, on memory that is NaN to begin with, in blocks so small that a parameter has several."""
-    materialize = weight_init._materialize
+    materialize = weight_init.materialize
 
     def materialize_poisoned(model: nn.Module, *devices: torch.device) -> None:
         materialize(model, *devices)
         with torch.no_grad():
             _poison(model)
 
-    weight_init._materialize = materialize_poisoned
+    weight_init.materialize = materialize_poisoned
     weight_init._BLOCK_ELEMENTS = 100
     try:
         init_weights(model, seed=seed, device="cpu")
     finally:
-        weight_init._materialize = materialize
+        weight_init.materialize = materialize
         weight_init._BLOCK_ELEMENTS = 2**20
 
 
