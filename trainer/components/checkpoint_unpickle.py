@@ -5,6 +5,7 @@ checkpoint from elsewhere could run what it likes. Here the index may name nothi
 values go through torch's `weights_only`, and files are named inside of the checkpoint's folder.
 """
 
+import enum
 import io
 import pickle
 from collections.abc import Iterable
@@ -37,8 +38,17 @@ _ALLOWED: dict[str, set[str]] = {
 """What an index is made of, by module."""
 
 
+def _get_member(owner: Any, name: Any) -> enum.Enum:
+    """Return a member of an enumeration. `getattr` would give anything of anything."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"it takes {name!r} from {owner!r}, which is no part of an index")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _get_member  # by it Python up to 3.11.3 names the members of an enumeration
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
         return super().find_class(module, name)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from tests.unit.components.checkpoint_run import SECTION, Run, assert_equal, weights
 from trainer.components import checkpoint_files as files
-from trainer.components.checkpoint_unpickle import SafeLoadPlanner, SafeReader, read_index
+from trainer.components.checkpoint_unpickle import SafeLoadPlanner, SafeReader, _IndexUnpickler, read_index
 
 
 class Intruder:
@@ -121,3 +122,25 @@ def test_values_that_are_no_tensors_are_read(foreign):
 def test_weights_are_read_as_saved(foreign):
     torch.manual_seed(5)
     assert_equal(weights(begin_from(foreign)), weights(Run(foreign.parent / "again")))
+
+
+class _Attribute:
+    """Pickled as Python up to 3.11.3 pickles the member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_member_of_an_enumeration_is_read_as_older_pythons_write_it():
+    written = pickle.dumps(_Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))
+    assert _IndexUnpickler(io.BytesIO(written)).load() is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")])
+def test_attribute_of_anything_else_is_refused(owner, name):
+    written = pickle.dumps(_Attribute(owner, name))
+    with pytest.raises(pickle.UnpicklingError, match="no part of an index"):
+        _IndexUnpickler(io.BytesIO(written)).load()
