@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from models.hf_layout import read_box
+from trainer.components.durable_files import sync_folder
 from trainer.components.hf_export import SHARD_SIZE, Export, match_tensors, write_description, write_weights
-from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder, sync_folder
+from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder
 from trainer.components.hf_load import check_shapes, find_stored
 from trainer.components.native_weights import NativeWeights, write_native
 from trainer.components.network import Network, find_saved_model

@@ -12,7 +12,6 @@ Other names in the folder are not ours and are left alone. Nothing here talks to
 
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from trainer.components.checkpoint_checksums import MISSING, FileSum, find_damage
 from trainer.components.checkpoint_unpickle import INDEX_NAME, check_names
+from trainer.components.durable_files import sync_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def commit(folder: Path, step: int, staging: Path | None = None) -> Path:
     """
     staging, final = staging or staging_path(folder, step), step_path(folder, step)
     assert is_whole(staging), f"{staging} is not complete"
-    _sync_folder(staging)
+    sync_folder(staging)
     aside = folder / f".step-{step}.replaced"
     if final.exists() and not is_whole(final):
         logger.warning(
@@ -190,7 +190,7 @@ def commit(folder: Path, step: int, staging: Path | None = None) -> Path:
             shutil.rmtree(aside)
         final.rename(aside)
     staging.rename(final)
-    _sync_folder(folder)
+    sync_folder(folder)
     if aside.exists():
         shutil.rmtree(aside)
     return final
@@ -207,10 +207,7 @@ def delete(folder: Path, step: int) -> None:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of the checkpoint in a folder, with a checksum of its own, through to stable storage."""
-    with open(path / MANIFEST_NAME, "w", encoding="utf-8") as file:
-        json.dump({**manifest, "checksum": _sum_manifest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(path / MANIFEST_NAME, json.dumps({**manifest, "checksum": _sum_manifest(manifest)}, indent=1))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -268,11 +265,3 @@ def _sum_manifest(manifest: Mapping[str, Any]) -> str:
 def size_in_bytes(path: Path) -> int:
     """Return the size of all files in a checkpoint."""
     return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

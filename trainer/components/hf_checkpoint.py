@@ -13,8 +13,9 @@ from models.registry import get_model_spec
 from trainer.components import checkpoint_files as files
 from trainer.components.checkpoint_ranks import Ranks
 from trainer.components.checkpoint_state import MODEL
+from trainer.components.durable_files import sync_folder
 from trainer.components.hf_export import Export, describe_network, write_description, write_weights
-from trainer.components.hf_files import HFFolder, sync_folder
+from trainer.components.hf_files import HFFolder
 from trainer.components.hf_load import load_hf_weights
 from trainer.components.native_weights import NativeWeights
 from trainer.components.network import Network

@@ -17,6 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from trainer.components.durable_files import write_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -228,20 +230,7 @@ def build_index(shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, through to stable storage."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to stable storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from trainer.components.data.loader import DataLoader
 from trainer.components.data.streaming import StreamingLoader
+from trainer.components.durable_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,7 @@ class PoisonedBatches:
         ]
         draft = self.path.with_name(f".{POISONED_FILE}")
         try:
-            with open(draft, "w", encoding="utf-8") as file:
-                json.dump({**self._identity, "batches": batches}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            write_text(draft, json.dumps({**self._identity, "batches": batches}, indent=1))
             draft.replace(self.path)
         except OSError as error:
             logger.warning("%s could not be written: %s", self.path, error)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from trainer.components.durable_files import write_text
+
 logger = logging.getLogger(__name__)
 
 STATUS_FILE = "status.json"
@@ -37,10 +39,7 @@ class RunStatus:
         content = {"status": status, "step": step, "reason": reason, "time": time.time()}
         draft = self.path.with_name(f".{STATUS_FILE}.{os.getpid()}")
         try:
-            with open(draft, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            write_text(draft, json.dumps(content, indent=1))
             draft.replace(self.path)
         except OSError as error:
             logger.warning(

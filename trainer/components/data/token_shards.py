@@ -22,6 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from trainer.components import durable_files
+
 FORMAT_VERSION = 1
 PAGE = 4096
 """The payload starts on a page, so that a map of it is aligned for every dtype."""
@@ -194,11 +196,7 @@ def seal_file(file: BinaryIO, header: Mapping[str, Any], temporary: Path, path: 
 def sync_folder(folder: Path) -> None:
     """Makes renames in `folder` last through a power cut, where the file system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        durable_files.sync_folder(folder)
 
 
 def explain_write_error(error: OSError, path: Path, needed: int) -> OSError:
