@@ -52,7 +52,6 @@ def test_noise_of_correlated_steps_is_larger():
 
 
 def test_table_json_and_png_are_written(runs, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     out, figures = tmp_path / "c.png", tmp_path / "c.json"
     argv = [*map(str, runs), "--names", "a", "b", "--out", str(out), "--json", str(figures)]
     assert compare_runs.main(argv) == 0

@@ -40,7 +40,6 @@ def test_shapes_of_a_model():
 
 
 def test_measured_speeds_stand_beside_estimates(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     out = tmp_path / "speeds"
     recipes = ["tensorwise", "delayed"]
     argv = ["--shapes", "32,64,48", "16,32,32", "--recipes", *recipes, "--repeats", "2", "--backend", "eager"]
