@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ScoreFunction = Literal["sigmoid", "softmax"]
+BiasUpdate = Literal["sign", "proportional"]
 
 
 class Routing(NamedTuple):
@@ -33,7 +34,8 @@ class Router(nn.Module):
     section 2.2.2). Operations and their order are those of transformers, so that ties are broken alike.
 
     normalizes: gates of a token are divided by their sum. scale: factor on the gates, after that. uses_bias: whether there is
-    a bias. balance_alpha: weight of the auxiliary loss, which is computed in training only; 0 for none.
+    a bias. bias_update: see `update_expert_bias`. balance_alpha: weight of the auxiliary loss, which is computed in training
+    only; 0 for none.
     """
 
     expert_bias: torch.Tensor | None
@@ -50,6 +52,7 @@ class Router(nn.Module):
         normalizes: bool = True,
         scale: float = 1.0,
         uses_bias: bool = True,
+        bias_update: BiasUpdate = "sign",
         balance_alpha: float = 0.0,
     ) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class Router(nn.Module):
         self.score_func = score_func
         self.n_groups, self.n_limited_groups = n_groups, n_limited_groups
         self.normalizes, self.scale = normalizes, scale
+        self.bias_update = bias_update
         self.balance_alpha = balance_alpha
         self.gate = nn.Linear(dim, n_experts, bias=False)
         # Changed between steps, by `update_expert_bias`; part of checkpoints.
@@ -123,16 +127,18 @@ class Router(nn.Module):
     def update_expert_bias(self, tokens_per_expert: torch.Tensor, speed: float) -> None:
         """Make experts with too many tokens less likely, and those with too few more likely, in place.
 
-        One step of Wang et al. (arXiv 2408.15664, algorithm 1), to be taken once an optimizer step and alike on all ranks. The
-        mean of the steps is taken off, which changes no choice and keeps the biases small enough for fp32. The host waits for
-        nothing.
+        One step of Wang et al. (arXiv 2408.15664, algorithm 1), to be taken once an optimizer step and alike on all ranks: `speed`
+        up or down ("sign"), or as much of it as the load is off the mean ("proportional", at most all of it, at a load of nothing
+        or twice the mean), which can be fast far from balance and still at rest near it. The mean of the steps is taken off, which
+        changes no choice and keeps the biases small enough for fp32. The host waits for nothing.
 
         tokens_per_expert: (E,), summed over all ranks that see different tokens; speed: the paper's u, per optimizer step
         """
         if self.expert_bias is None:
             return
         counts = tokens_per_expert.float()
-        step = speed * (counts.mean() - counts).sign()
+        missing = 1.0 - counts / counts.mean().clamp(min=1.0)
+        step = speed * (missing.sign() if self.bias_update == "sign" else missing.clamp(-1.0, 1.0))
         self.expert_bias.add_(step - step.mean())
 
     def init_buffers(self, device: torch.device | str) -> None:

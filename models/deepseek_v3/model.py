@@ -333,6 +333,7 @@ def _build_moe(args: DeepSeekV3Args) -> MoE:
         normalizes=args.normalizes_gates,
         scale=args.route_scale,
         uses_bias=args.uses_expert_bias,
+        bias_update=args.bias_update,
         balance_alpha=args.balance_loss_alpha,
     )
     return MoE(args.dim, args.moe_hidden_dim, router=router, n_shared_experts=args.n_shared_experts)

@@ -93,7 +93,7 @@ def test_module_in_a_package_is_found_without_importing_the_package(monkeypatch,
     assert "no such module" in problem
 
 
-@pytest.mark.parametrize("change", ["mtp_depth=1", "mtp_weight=0.1", "balance_loss_alpha=1e-4"])
+@pytest.mark.parametrize("change", ["mtp_depth=1", "mtp_weight=0.1", "balance_loss_alpha=1e-4", "bias_update_speed=0.01"])
 def test_change_of_the_flavor_is_refused_where_the_model_has_nothing_of_the_kind(change):
     (problem,) = problems_of(f"--model.{change}")
     name, _, value = change.partition("=")

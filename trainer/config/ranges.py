@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
     "model.mtp_depth": _COUNT_OR_NONE,
     "model.mtp_weight": _FACTOR,
     "model.balance_loss_alpha": _FACTOR,
+    "model.bias_update_speed": _FACTOR,
     "optimizer.lr": Range(above=0),
     "optimizer.beta1": _BETA,
     "optimizer.beta2": _BETA,

@@ -29,9 +29,15 @@ class ModelConfig:
     balance_loss_alpha: float | None = None
     """Weight of the sequence-wise auxiliary loss of a mixture of experts. null: as the flavor says."""
 
+    bias_update: Literal["sign", "proportional"] | None = None
+    """How the routers' bias moves against the load: always by bias_update_speed, or by a part of it near balance. null: as the flavor says."""
+    bias_update_speed: float | None = None
+    """How much it moves in a step, at most. null: as the flavor says."""
+
     def get_changes(self) -> dict[str, Any]:
         """Return what is to differ from the flavor's args, by name."""
-        values = {name: getattr(self, name) for name in ("mtp_depth", "mtp_weight", "balance_loss_alpha")}
+        names = ("mtp_depth", "mtp_weight", "balance_loss_alpha", "bias_update", "bias_update_speed")
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -88,7 +88,7 @@ def apply_activation_checkpoint(
         return
     if section.mode == "memory_budget":
         _set_memory_budget(section, compiles_blocks, dump_folder)
-        _keep_choices(model)
+        _keep_choices(model, section)
         return
     modules = dict(model.named_modules())
     names = match_modules(plan.blocks, modules)
@@ -172,12 +172,12 @@ def _build_contexts(otherwise: CheckpointPolicy) -> Contexts:
     return functools.partial(create_selective_checkpoint_contexts, decide)
 
 
-def _keep_choices(model: nn.Module) -> None:
+def _keep_choices(model: nn.Module, section: ActivationCheckpointConfig) -> None:
     """Forbid the compiler to make choices again, whatever else it recomputes."""
     contexts = _build_contexts(CheckpointPolicy.PREFER_SAVE)
-    routers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Router)]
-    for router in routers:
-        router.forward = functools.partial(checkpoint, router.forward, use_reentrant=False, context_fn=contexts)
+    for module in model.modules():
+        if isinstance(module, Router):
+            replace_methods(module, ["forward"], functools.partial(_checkpointed, section=section, contexts=contexts))
 
 
 def _get_selective_contexts(block: nn.Module, section: ActivationCheckpointConfig) -> Contexts:

@@ -19,8 +19,9 @@ from models.deepseek_v3.model import Transformer
 from models.deepseek_v3.plan import build_plan
 from tests.unit.distributed.test_activation_checkpoint import _CountOps
 from tests.unit.models.test_deepseek_v3_model import ARGS, fill, make_labels, make_tokens, sum_loss
-from trainer.config.schema_parallel import ActivationCheckpointConfig
+from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
+from trainer.distributed.compile import apply_compile
 from trainer.distributed.flop_formulas import register_flop_formulas
 
 ONE_MIXTURE = dataclasses.replace(ARGS, n_layers=1, n_dense_layers=0, balance_loss_alpha=0.1)
@@ -128,6 +129,19 @@ def test_memory_budget_does_not_choose_again(budget: float) -> None:
     gradients = dict(model.named_parameters())
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(gradients[name].grad, parameter.grad)
+
+
+@functorch_config.patch(activation_memory_budget=1.0)  # restores it
+def test_memory_budget_compiles_blocks_that_are_alike_once() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    args = dataclasses.replace(ONE_MIXTURE, n_layers=3)
+    model = Transformer(args)
+    section = ActivationCheckpointConfig(mode="memory_budget", memory_budget=0.5)
+    apply_activation_checkpoint(model, plan=build_plan(args), section=section, compiles_blocks=True)
+    apply_compile(model, plan=build_plan(args), section=CompileConfig(enable=True, backend="aot_eager"))
+    run(model).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_products_by_group_count_as_what_they_cost() -> None:

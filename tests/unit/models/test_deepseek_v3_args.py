@@ -122,6 +122,7 @@ def test_flops_per_token_unknown_convention_raises() -> None:
         ({"q_lora_rank": -1}, "q_lora_rank = -1 must be at least 0"),
         ({"mtp_depth": -1}, "mtp_depth = -1 must be at least 0"),
         ({"balance_loss_alpha": -0.1}, "balance_loss_alpha = -0.1 must be at least 0"),
+        ({"bias_update": "fast"}, "bias_update = 'fast' must be 'sign' or 'proportional'"),
         ({"n_dense_layers": 7}, "n_dense_layers = 7 must be at most n_layers = 6"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim = 15 must be even"),
         ({"moe_hidden_dim": 100}, "moe_hidden_dim = 100 must be a multiple of 8"),

@@ -195,6 +195,23 @@ def test_update_expert_bias_moves_towards_balance() -> None:
     assert step[2:].std() < 1e-6
 
 
+def test_proportional_update_moves_by_how_far_the_load_is_off() -> None:
+    router = build_router(bias_update="proportional")
+    before = router.expert_bias.clone()
+    counts = torch.tensor([9, 0, 4, 3, 2, 3, 3, 3, 3, 0, 3, 3])  # mean 3
+    router.update_expert_bias(counts, speed=0.3)
+    step = router.expert_bias - before
+    torch.testing.assert_close(step[:5] - step[3], torch.tensor([-0.3, 0.3, -0.1, 0.0, 0.1]))
+    assert step.sum().abs() < 1e-6
+
+
+def test_update_without_a_token_moves_all_alike() -> None:
+    router = build_router(bias_update="proportional")
+    before = router.expert_bias.clone()
+    router.update_expert_bias(torch.zeros(EXPERTS, dtype=torch.int64), speed=0.3)
+    torch.testing.assert_close(router.expert_bias, before)
+
+
 def test_updates_balance_a_skewed_router() -> None:
     router, x = build_router(), make_input(8, 64)
     router.gate.weight.data[0] += 1.0 * x.mean(dim=(0, 1)).sign()
