@@ -25,6 +25,14 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_NAMES = ("AdamW", "Adam", "Muon")
 """Names in the optimizer table, which itself imports torch. A test compares the two."""
 
+EXPERT_BACKEND_NAMES = ("standard", "deepep")
+"""Names in the table of ways to experts, which imports torch as well."""
+
+_TABLES = {
+    "optimizer.name": ("optimizer", OPTIMIZER_NAMES),
+    "parallelism.expert_parallel_comm_backend": ("way to the experts", EXPERT_BACKEND_NAMES),
+}
+
 
 def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = True) -> None:
     """Logs the warnings about a loaded configuration, and raises all of its problems at once.
@@ -57,18 +65,20 @@ def check_registered(loaded: LoadedConfig) -> None:
         ConfigError: something is wrong.
     """
     from trainer.components.optimizer import get_optimizer_builder
+    from trainer.distributed.expert_backends import get_expert_backend
 
     config = loaded.config
     without_module = dataclasses.replace(config.experimental, custom_import="")
     problems = [
         problem
         for problem in find_preflight_problems(dataclasses.replace(config, experimental=without_module))
-        if problem.keys != ("optimizer.name",)  # its table can be asked itself now
+        if problem.keys[0] not in _TABLES  # which can be asked themselves now
     ]
-    try:
-        get_optimizer_builder(config.optimizer.name)
-    except ValueError as error:
-        problems.append(Problem(_sentence(error), ("optimizer.name",)))
+    for key, look_up in zip(_TABLES, (get_optimizer_builder, get_expert_backend), strict=True):
+        try:
+            look_up(get_value(config, key))
+        except ValueError as error:
+            problems.append(Problem(_sentence(error), (key,)))
     if problems:
         raise ConfigError(_add_origins(problem, loaded.origins) for problem in problems)
 
@@ -79,7 +89,7 @@ def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
     Names that the user's module (`experimental.custom_import`) may register are accepted: the module is not imported.
     """
     yield from _check_custom_import(config)
-    yield from _check_optimizer(config)
+    yield from _check_tables(config)
     yield from _check_data_sets(config)
     yield from _check_stores(config)
     yield from _check_hugging_face(config)
@@ -119,15 +129,16 @@ def _is_importable(name: str) -> bool:
     return spec is not None
 
 
-def _check_optimizer(config: JobConfig) -> Iterator[Problem]:
-    name = config.optimizer.name
-    if name not in OPTIMIZER_NAMES and not config.experimental.custom_import:
-        known = ", ".join(OPTIMIZER_NAMES)
-        message = f"optimizer.name = {name}: unknown optimizer.{suggest(name, OPTIMIZER_NAMES)} Known: {known}."
-        yield Problem(
-            f"{message} One of your own is registered by the module that experimental.custom_import names.",
-            ("optimizer.name",),
-        )
+def _check_tables(config: JobConfig) -> Iterator[Problem]:
+    if config.experimental.custom_import:
+        return
+    for key, (thing, names) in _TABLES.items():
+        name = get_value(config, key)
+        if name not in names:
+            message = f"{key} = {name}: unknown {thing}.{suggest(name, names)} Known: {', '.join(names)}."
+            yield Problem(
+                f"{message} One of your own is registered by the module that experimental.custom_import names.", (key,)
+            )
 
 
 def _check_hugging_face(config: JobConfig) -> Iterator[Problem]:

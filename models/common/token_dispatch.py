@@ -24,6 +24,11 @@ class RowOrder(NamedTuple):
     counts: torch.Tensor
     """(E,) int32: rows of each expert."""
 
+    def list_experts(self) -> torch.Tensor:
+        """Return each token's experts again: (T, K) int64."""
+        numbers = torch.arange(self.counts.shape[0], device=self.counts.device)
+        return numbers.repeat_interleave(self.counts, output_size=self.slots.shape[0])[self.places]
+
 
 class Rows(NamedTuple):
     """The rows that experts are to work on, sorted by expert."""

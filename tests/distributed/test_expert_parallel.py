@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn as nn
 from models.common.moe import MoE
 from models.common.router import Router
 from models.plan import ParallelPlan
+from tests.distributed import fake_deep_ep
 from tests.distributed.cases import (
     EAGER_COMPILE,
     EXPERT_ARGS,
@@ -111,18 +113,21 @@ ROUTES = {
 }
 
 
-def _run_mixtures() -> dict[str, dict[str, torch.Tensor]]:
+def _run_mixtures(backend: str) -> dict[str, dict[str, torch.Tensor]]:
     """Return the largest differences from a loop over the experts, of all ranks, by route and by what differs."""
+    sys.modules["deep_ep"] = fake_deep_ep
     dims = ParallelDims(world_size=4, dp_shard=4, ep=4)
     dims.build_mesh("cpu")
     dims.build_expert_mesh()
-    return {name: _compare_mixtures(dims, torch.tensor(bias)) for name, bias in ROUTES.items()}
+    return {name: _compare_mixtures(dims, torch.tensor(bias), backend) for name, bias in ROUTES.items()}
 
 
-def _compare_mixtures(dims: ParallelDims, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+def _compare_mixtures(dims: ParallelDims, bias: torch.Tensor, backend: str) -> dict[str, torch.Tensor]:
     rank = dist.get_rank()
-    # Ranks need not have equally many tokens.
-    x = torch.randn(1, TOKENS + rank, DIM, generator=torch.Generator().manual_seed(rank))
+    # Ranks need not have equally many tokens, but for the stand-in.
+    x = torch.randn(
+        1, TOKENS + (rank if backend == "standard" else 0), DIM, generator=torch.Generator().manual_seed(rank)
+    )
     grad = torch.randn_like(x)
     outcomes = []
     for spreads in (False, True):
@@ -133,7 +138,7 @@ def _compare_mixtures(dims: ParallelDims, bias: torch.Tensor) -> dict[str, torch
         mixture.router.expert_bias = bias
         if spreads:
             plan = ParallelPlan(fsdp_units=(), blocks="moe", experts="moe")
-            apply_expert_parallel(model, plan=plan, dims=dims, backend="standard")
+            apply_expert_parallel(model, plan=plan, dims=dims, backend=backend)
         else:
             use_loops(model)
         inputs = x.clone().requires_grad_()
@@ -152,10 +157,22 @@ def _compare_mixtures(dims: ParallelDims, bias: torch.Tensor) -> dict[str, torch
     return {name: (actual[name] - expected[name]).abs().max() for name in expected}
 
 
-def test_rows_come_back_wherever_they_went() -> None:
-    for by_route in run_distributed(_run_mixtures, 4):
+@pytest.mark.parametrize("backend", ["standard", "deepep"])
+def test_rows_come_back_wherever_they_went(backend: str) -> None:
+    for by_route in run_distributed(_run_mixtures, 4, backend):
         for route, differences in by_route.items():
             assert all(difference < 1e-6 for difference in differences.values()), (route, differences)
+
+
+def _run_with_stand_in(case: Case) -> Outcome:
+    sys.modules["deep_ep"] = fake_deep_ep
+    return run_case(case)
+
+
+def test_deepep_under_recomputation_and_accumulation_equals_one_process() -> None:
+    deepep = {**EP2, "expert_parallel_comm_backend": "deepep"}
+    case = Case("deepep", 2, deepep, activation_checkpoint={"mode": "full"}, microbatches=2, base=EXPERT_ARGS)
+    assert_equal_outcomes(run_distributed(_run_with_stand_in, 2, case), _reference(EXPERT_ARGS), case.tolerance)
 
 
 # --- compiled ---

@@ -10,7 +10,7 @@ from models import registry
 from models.llama3.args import FLAVORS
 from trainer.config.errors import ConfigError
 from trainer.config.manager import load_config
-from trainer.preflight import OPTIMIZER_NAMES, check
+from trainer.preflight import EXPERT_BACKEND_NAMES, OPTIMIZER_NAMES, check
 
 
 def problems_of(*argv, world_size=None):
@@ -36,11 +36,21 @@ def test_optimizer_names_are_those_of_the_table():
     assert set(listed.group(1).split(", ")) == set(OPTIMIZER_NAMES)
 
 
+def test_names_of_ways_to_experts_are_those_of_the_table():
+    from trainer.distributed import expert_backends
+
+    assert set(expert_backends._BACKENDS) == set(EXPERT_BACKEND_NAMES)
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["--model.name=lama3"], ["model.name = lama3", "llama3"]),
         (["--model.flavor=8b"], ["model.flavor = 8b", "8B"]),
+        (
+            ["--parallelism.expert_parallel_comm_backend=deep_ep"],
+            ["unknown way to the experts", "Did you mean deepep?", "experimental.custom_import"],
+        ),
         (["--optimizer.name=adamw"], ["optimizer.name = adamw", "Did you mean AdamW?", "Muon"]),
         (["--training.dataset=stdlb"], ["training.dataset = stdlb", "stdlib"]),
         (["--training.dataset=text"], ["training.dataset = text", "set training.dataset_path"]),
@@ -93,7 +103,9 @@ def test_module_in_a_package_is_found_without_importing_the_package(monkeypatch,
     assert "no such module" in problem
 
 
-@pytest.mark.parametrize("change", ["mtp_depth=1", "mtp_weight=0.1", "balance_loss_alpha=1e-4", "bias_update_speed=0.01"])
+@pytest.mark.parametrize(
+    "change", ["mtp_depth=1", "mtp_weight=0.1", "balance_loss_alpha=1e-4", "bias_update_speed=0.01"]
+)
 def test_change_of_the_flavor_is_refused_where_the_model_has_nothing_of_the_kind(change):
     (problem,) = problems_of(f"--model.{change}")
     name, _, value = change.partition("=")

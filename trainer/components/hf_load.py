@@ -15,7 +15,15 @@ from trainer.components.hf_files import DTYPES, HFFolder
 logger = logging.getLogger(__name__)
 
 # Of args: what no file of weights decides, and what a run may well change.
-_OF_TRAINING = ("max_seq_len", "attn_mask_type", "mtp_depth", "mtp_weight", "bias_update", "bias_update_speed", "balance_loss_alpha")
+_OF_TRAINING = (
+    "max_seq_len",
+    "attn_mask_type",
+    "mtp_depth",
+    "mtp_weight",
+    "bias_update",
+    "bias_update_speed",
+    "balance_loss_alpha",
+)
 _CHANGEABLE = ("rope_theta", "rope_scaling", "norm_eps")
 _ROWS_AT_A_TIME = 4096
 

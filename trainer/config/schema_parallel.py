@@ -56,8 +56,8 @@ class ParallelismConfig:
     """Ranks over which the experts of a mixture are spread. It borrows the ranks of sharding and of context parallelism, and of tensor parallelism unless expert_tensor_parallel_degree cuts experts over those. It must divide the product of their degrees, and the number of experts."""
     expert_tensor_parallel_degree: int = 1
     """Ranks over which each expert is cut: 1, or as many as tensor_parallel_degree."""
-    expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
-    """How tokens travel to experts. standard: the all-to-all of the process group's backend. deepep is not available yet."""
+    expert_parallel_comm_backend: str = "standard"
+    """How tokens travel to experts. standard: the all-to-all of the process group's backend. deepep: the kernels of the package deep_ep, which must be installed. Or one that the module of experimental.custom_import registers."""
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,6 @@ _USE_CUSTOM_IMPORT = (
 
 REFUSED: tuple[Refusal, ...] = (
     Refusal(
-        "parallelism.expert_parallel_comm_backend",
-        lambda backend: backend != "standard",
-        "there is no adapter for the package deep_ep yet. Use standard, the all-to-all of the process group's own backend.",
-    ),
-    Refusal(
         "model.converters",
         lambda names: bool(set(names) - FLOAT8_CONVERTERS),
         "quantize.linear.float8 (or float8, for short) is the only conversion there is: experts and MX formats are not "

@@ -1,5 +1,6 @@
 """What is wrong with the parallelism of experts, as far as it is known without the model. `trainer.preflight_parallel` has the rest."""
 
+import importlib.util
 from collections.abc import Iterator
 
 from trainer.config.errors import Problem
@@ -41,4 +42,20 @@ def _check_expert_tensor_parallel(config: JobConfig) -> Iterator[Problem]:
         yield Problem(message, (ETP, TP))
 
 
-EXPERT_RULES = (_check_expert_tensor_parallel,)
+def _check_deepep(config: JobConfig) -> Iterator[Problem]:
+    """What the kernels of DeepEP need."""
+    key = "parallelism.expert_parallel_comm_backend"
+    if config.parallelism.expert_parallel_comm_backend != "deepep" or get_degree(config, EP) == 1:
+        return
+    if importlib.util.find_spec("deep_ep") is None:
+        message = (
+            f"{key} = deepep: the package deep_ep is not installed. Install it (github.com/deepseek-ai/DeepEP), or use"
+        )
+        yield Problem(f"{message} standard.", (key,))
+    dtype = config.training.mixed_precision_param
+    if dtype != "bfloat16":
+        message = f"{key} = deepep: sends bfloat16 alone, and training.mixed_precision_param = {dtype}. Use bfloat16 there, or standard."
+        yield Problem(message, (key, "training.mixed_precision_param"))
+
+
+EXPERT_RULES = (_check_expert_tensor_parallel, _check_deepep)

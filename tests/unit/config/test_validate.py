@@ -223,7 +223,6 @@ def test_missing_package_is_named(monkeypatch, key):
 
 
 REFUSED_VALUES = {
-    "parallelism.expert_parallel_comm_backend": "deepep",
     "model.converters": "quantize.linear.mx",
     "quantize.grouped_mm.float8.fqns": "experts",
     "comm.mode": "fake_backend",

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.unit.config.test_validate_parallel import CP, PP, SHARD, TP, find
+from trainer.config import validate_experts
 
 EP = "parallelism.expert_parallel_degree"
 ETP = "parallelism.expert_tensor_parallel_degree"
@@ -54,3 +55,16 @@ def test_experts_are_whole_or_cut_over_all_ranks_of_tensor_parallelism(settings,
 def test_degrees_that_do_not_fit_the_processes_are_all_that_is_said():
     (problem,), _ = find({EP: 16, TP: 3, "training.seq_len": 96}, world_size=8)
     assert "multiply to 3" in problem
+
+
+def test_deepep_needs_its_package_and_bfloat16(monkeypatch):
+    settings = {
+        EP: 2,
+        "parallelism.expert_parallel_comm_backend": "deepep",
+        "training.mixed_precision_param": "float32",
+    }
+    missing, dtype = find(settings, world_size=8)[0]
+    assert "the package deep_ep is not installed" in missing
+    assert "training.mixed_precision_param = float32" in dtype
+    monkeypatch.setattr(validate_experts.importlib.util, "find_spec", lambda name: object())
+    assert find(settings | {"training.mixed_precision_param": "bfloat16"}, world_size=8) == ([], [])
