@@ -5,9 +5,13 @@ import itertools
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn as nn
 from torch import Tensor
 
+from tests.distributed.cases import Case, Outcome, run_case
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_float8 import AC, SHALLOW, TP, assert_near, case
 from trainer.config.schema_quantize import Float8LinearConfig
 from trainer.low_precision.float8_linear import become_float8
 from trainer.low_precision.fused_cast import cast_both_ways, cast_both_ways_plainly
@@ -23,7 +27,7 @@ pytestmark = [
 ]
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed")
-SHAPES = ((128, 64), (4096, 1024), (257, 130), (1, 1), (1000, 7), (16, 14336))
+SHAPES = ((4096, 1024), (257, 130), (1, 1), (1000, 7))
 
 
 def poison() -> None:
@@ -40,7 +44,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fused_cast_equals_double(shape: tuple[int, int], dtype: torch.dtype) -> None:
     limit, epsilon = torch.finfo(dtype).max, torch.finfo(dtype).eps
-    for seed, of in itertools.product(range(3), (torch.bfloat16, torch.float32)):
+    for seed, of in itertools.product(range(2), (torch.bfloat16, torch.float32)):
         generator = torch.Generator("cuda").manual_seed(seed)
         x = (torch.randn(shape, generator=generator, device="cuda") * 10.0 ** (seed - 1)).to(of)
         # The largest element fits, just so; then some are cut off.
@@ -108,13 +112,43 @@ def test_real_products_equal_emulated_ones(name: str, compiles: bool, linear: nn
 
 
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("name", ["tensorwise", "delayed"])
-def test_fused_casts_change_no_bit(name: str, compiles: bool, linear: nn.Linear) -> None:
+def test_fused_casts_change_no_bit(compiles: bool, linear: nn.Linear) -> None:
     torch._dynamo.reset()
-    apart = run(linear, name, fused_cast="never")
+    apart = run(linear, "delayed", fused_cast="never")
     poison()
-    for actual, expected in zip(run(linear, name, fused_cast="all", compiles=compiles), apart, strict=True):
+    for actual, expected in zip(run(linear, "delayed", fused_cast="all", compiles=compiles), apart, strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_fused_cast_of_many_elements_reaches_all_of_them() -> None:
+    """More of them than an int32 counts."""
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB")
+    n_rows, n_columns = 2**17 + 3, 2**14 + 8
+    x = torch.zeros(n_rows, n_columns, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1], x[-1, 0], x[0, -1] = 3.0, -2.0, 1.0
+    rows, columns, amax = cast_both_ways(x, torch.tensor(16.0, device="cuda"), E4M3)
+    assert amax == 3.0
+    corners = [(-1, -1), (-1, 0), (0, -1), (0, 0)]
+    assert [rows[i, j].item() for i, j in corners] == [columns[j, i].item() for i, j in corners] == [48, -32, 16, 0]
+    assert rows.view(torch.uint8).count_nonzero() == columns.view(torch.uint8).count_nonzero() == 3
+
+
+def test_compiled_norm_before_a_rowwise_layer_is_as_precise_as_eager(linear: nn.Linear) -> None:
+    """Where compiled code does not round to bf16 in between, scales do not fit: see `convert.apply_low_precision`."""
+    gradients = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        block = nn.Sequential(nn.RMSNorm(1024, device="cuda", dtype=torch.bfloat16), copy.deepcopy(linear))
+        become_float8(block[1], build_recipe(Float8LinearConfig(recipe_name="rowwise")))
+        x = torch.randn(512, 1024, generator=torch.Generator("cuda").manual_seed(1), device="cuda").bfloat16()
+        x.requires_grad_()
+        with torch._inductor.config.patch(emulate_precision_casts=True):
+            y = torch.compile(block, fullgraph=True)(x) if compiles else block(x)
+            y.square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in block.parameters())])
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 0.02
 
 
 def test_recipes_give_the_bits_of_torchao(linear: nn.Linear) -> None:
@@ -144,3 +178,30 @@ def test_odd_number_of_tokens_needs_padding(pads: bool, linear: nn.Linear) -> No
     else:
         with pytest.raises((RuntimeError, ValueError)):  # which of them depends on the version of torch
             y.sum().backward()
+
+
+def run_on_gpus(cases: list[Case]) -> dict[str, Outcome]:
+    return {case.name: run_case(case, "cuda") for case in cases}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
+def test_two_gpus_are_near_bf16() -> None:
+    gather = {"enable_fsdp_float8_all_gather": True, "precompute_float8_dynamic_scale_for_fsdp": True}
+    delayed = {"recipe_name": "delayed", "delayed_warmup_steps": 1, "enable_fsdp_float8_all_gather": True}
+    compiled = {"compile": {"enable": True}, "activation_checkpoint": AC, "base": SHALLOW}
+    cases = [
+        case("gather", 2, gather, base=SHALLOW),
+        case("copy_engine", 2, gather, {"fsdp_collectives": "copy_engine"}, base=SHALLOW),
+        case("tp", 2, gather, TP, base=SHALLOW),
+        case("compiled", 2, gather, **compiled),
+        case("delayed", 2, delayed, **compiled),
+        case("rowwise", 2, {"recipe_name": "rowwise"}, **compiled),
+    ]
+    results = run_distributed(run_on_gpus, 2, cases, backend="nccl", timeout=280)
+    for name in results[0]:
+        recipe = name if name == "rowwise" else "tensorwise"
+        assert_near([result[name] for result in results], recipe, SHALLOW)
+    assert results[0]["gather"].losses == pytest.approx(results[0]["copy_engine"].losses, rel=1e-5)
+    scales = results[0]["delayed"].float8
+    assert scales == results[1]["delayed"].float8
+    assert len(scales) == 7

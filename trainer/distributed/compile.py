@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._inductor.config
 import torch.nn as nn
 from torch._dynamo.callback import callback_handler
@@ -17,6 +18,8 @@ from trainer.config.schema_parallel import CompileConfig
 from trainer.distributed.activation_checkpoint import replace_methods
 
 logger = logging.getLogger(__name__)
+
+_MAX_GRAPHS = 64
 
 
 def compiles_model(section: CompileConfig) -> bool:
@@ -43,6 +46,9 @@ def apply_compile(
     # Inductor's own launcher holds the interpreter's lock while the device's queue is full: when another rank stalls, no thread of
     # this process runs, neither the watchdog nor a dump of the flight recorder. Triton's lets go of it (both seen on 2.11).
     torch._inductor.config.use_static_cuda_launcher = False
+    # Blocks share one code, and each kind of them (with experts or without, in float8 or not) has a graph for training, for
+    # evaluation, for each way to scale, measured or not: more than the 8 after which torch refuses to compile whole graphs.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     # Methods rather than modules: hooks (FSDP's) run before and after `forward`, and no wrapper changes the names.
     # Static shapes: a change of length, as in validation, gets a graph of its own rather than a slower one for all.
     compiled = functools.partial(torch.compile, backend=section.backend, fullgraph=True, dynamic=False)

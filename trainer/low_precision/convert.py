@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch._inductor.config
 import torch.nn as nn
 
 from models.common.output import Output
@@ -62,6 +63,10 @@ def apply_low_precision(
     if not FLOAT8_CONVERTERS.intersection(converters):
         return
     section = quantize.linear.float8
+    if build_recipe(section).is_rowwise:
+        # Else compiled norms hand scales by rows values that are not rounded to bf16: the loss stalls, and is NaN after some dozen
+        # steps (pytorch issue 150859).
+        torch._inductor.config.emulate_precision_casts = True
     parts = apply_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp).parts
     if section.enable_fsdp_float8_all_gather:
         check_even_shards(parts, dims.fsdp)

@@ -42,6 +42,7 @@ class ScalingHistory:
         """Steps that have been recorded."""
         self._history = torch.zeros(section.amax_history_len, len(self.layers), len(KINDS))
         self._peaks = torch.zeros(len(self.layers), len(KINDS))
+        self._is_delayed = torch.tensor([scaling == "delayed" for scaling in self._recipe.scalings])
         self.amaxes = torch.zeros(len(self.layers), len(KINDS))
         """(L, 3): those of the last step, over all ranks. Zero where nothing was recorded."""
         self._set_recipe()
@@ -62,7 +63,7 @@ class ScalingHistory:
         self._peaks = torch.where(says, torch.maximum(self._peaks, amaxes), self._peaks)
         self._history = torch.where(says, torch.cat([amaxes[None], self._history[:-1]]), self._history)
         # Static and dynamic tensors that are recorded, to write scales or to be shown, are not scaled by it.
-        says = says & torch.tensor([scaling == "delayed" for scaling in self._recipe.scalings], device=says.device)
+        says = says & self._is_delayed
         past = self._history.amax(dim=0) if self._section.amax_compute_algo == "max" else self._history[0]
         scales = torch.where(says, self._get_scales(past), self._collect("scale"))
         self._assign("scale", scales)
@@ -104,7 +105,9 @@ class ScalingHistory:
 
     def _move_to(self, device: torch.device) -> None:
         if self._history.device != device:
+            # Once: a copy from the host in each step would make it wait for the device.
             self._history, self._peaks = self._history.to(device), self._peaks.to(device)
+            self._is_delayed = self._is_delayed.to(device)
 
     # Checkpoints.
 

@@ -68,6 +68,24 @@ def test_nothing_is_compiled_unless_asked(section: CompileConfig) -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+class _Shifting(torch.nn.Module):
+    shift = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift
+
+
+def test_one_code_may_have_many_graphs() -> None:
+    """As blocks in float8 have: torch allows 8, and then refuses."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(_Shifting())
+    plan = ParallelPlan(fsdp_units=(("*",),), blocks="*")
+    apply_compile(model, plan=plan, section=CompileConfig(enable=True, backend="eager"))
+    for shift in range(10):
+        model[0].shift = shift
+        assert model(torch.zeros(1)).item() == shift
+
+
 class _Breaking(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
