@@ -83,6 +83,31 @@ def check_registered(loaded: LoadedConfig) -> None:
         raise ConfigError(_add_origins(problem, loaded.origins) for problem in problems)
 
 
+def check_conversion(loaded: LoadedConfig, *, local_rank: int, world_size: int) -> None:
+    """Checks what only the model's layers and this process's device tell of `model.converters`. Imports torch.
+
+    Raises:
+        ConfigError: something is wrong.
+    """
+    from trainer.preflight_low_precision import find_conversion_problem
+
+    config = loaded.config
+    args, problems = _find_args(config)
+    assert not problems, "`check` comes first"
+    reason = find_conversion_problem(
+        get_model_spec(config.model.name),
+        args,
+        converters=config.model.converters,
+        quantize=config.quantize,
+        parallelism=config.parallelism,
+        local_rank=local_rank,
+        world_size=world_size,
+    )
+    if reason is not None:
+        problem = Problem(_sentence(ValueError(reason)), ("model.converters",))
+        raise ConfigError([_add_origins(problem, loaded.origins)])
+
+
 def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
     """What does not fit the model, the tokenizer, the data sets or the user's own module.
 

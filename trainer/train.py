@@ -21,7 +21,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.manager import LoadedConfig, load_config
 from trainer.config.render import format_config, write_config
 from trainer.distributed.stop_signals import StopRequestedError, StopSignals
-from trainer.preflight import check, check_registered
+from trainer.preflight import check, check_conversion, check_registered
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         if config.experimental.custom_import and not config.job.validate_only:
             importlib.import_module(config.experimental.custom_import)
             check_registered(loaded)
+        if config.model.converters and not config.job.validate_only:
+            check_conversion(loaded, local_rank=int(environment.get("LOCAL_RANK", 0)), world_size=world_size)
     except ConfigError as error:
         # Every rank finds the same; one tells it.
         if rank == 0:

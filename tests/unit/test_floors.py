@@ -22,6 +22,7 @@ FLOORS = {
     "trainer/parallelize.py": 2.5,
     "trainer/components/": 3,
     "trainer/preflight.py": 4,
+    "trainer/preflight_low_precision.py": 4,
     "trainer/preflight_parallel.py": 4,
     "trainer/trainer.py": 4,
     "trainer/train.py": 4,

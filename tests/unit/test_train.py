@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.training import SECRETS, USER_MODULE, Run
 from trainer import train
@@ -64,6 +65,31 @@ def test_number_of_processes_counts(answer):
     code, _, stderr = answer(*argv, world_size=2)
     assert code == 2
     assert "training.global_batch_size" in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["filter_fqns=lm_head"], "'lm_head' is part of no module's name"),
+        (
+            ["enable_fsdp_float8_all_gather=true", "emulate=true"],
+            "rows of layers.0.attention.wq.weight into 3",
+        ),
+        ([], "A100 has 8.0. Set quantize.linear.float8.emulate = true"),
+    ],
+)
+def test_conversion_that_fails_is_told_before_anything_is_prepared(answer, monkeypatch, options, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not options)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    argv = ["--job.config_file", DEBUG_CONFIG, "--model.converters=float8"]
+    code, _, stderr = answer(*argv, *(f"--quantize.linear.float8.{option}" for option in options), world_size=3)
+    assert code == 2
+    assert words in stderr
+    assert "command line" in stderr
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(

@@ -55,19 +55,38 @@ class Conversion:
 def apply_low_precision(
     model: nn.Module, *, converters: Sequence[str], quantize: QuantizeConfig, plan: ParallelPlan, dims: ParallelDims
 ) -> None:
-    """Convert `model`, on the meta device, in place: all of it, before it is cut for any parallelism.
+    """Convert `model`, on the meta device, in place: all of it, before it is cut for any parallelism. Log what became of it.
 
     Raises:
-        ValueError: see `apply_float8`, or weights that FSDP cannot gather in float8.
+        ValueError: see `check_low_precision`.
     """
-    if not FLOAT8_CONVERTERS.intersection(converters):
+    if FLOAT8_CONVERTERS.isdisjoint(converters):
         return
     section = quantize.linear.float8
     if build_recipe(section).is_rowwise:
         # Else compiled norms hand scales by rows values that are not rounded to bf16: the loss stalls, and is NaN after some dozen
         # steps (pytorch issue 150859).
         torch._inductor.config.emulate_precision_casts = True
-    parts = apply_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp).parts
+    conversion = apply_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp)
+    if section.enable_fsdp_float8_all_gather:
+        check_even_shards(conversion.parts, dims.fsdp)
+    for line in conversion.describe():
+        logger.info("float8, %s: %s", section.recipe_name or "tensorwise", line)
+
+
+def check_low_precision(
+    model: nn.Module, *, converters: Sequence[str], quantize: QuantizeConfig, plan: ParallelPlan, dims: ParallelDims
+) -> None:
+    """Check that `model`, which stays as it is, can be converted on this device.
+
+    Raises:
+        ValueError: see `plan_float8` and `check_device`, or weights that FSDP cannot gather in float8.
+    """
+    if FLOAT8_CONVERTERS.isdisjoint(converters):
+        return
+    section = quantize.linear.float8
+    check_device(section)
+    parts = plan_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp).parts
     if section.enable_fsdp_float8_all_gather:
         check_even_shards(parts, dims.fsdp)
 
@@ -75,20 +94,42 @@ def apply_low_precision(
 def apply_float8(
     model: nn.Module, *, section: Float8LinearConfig, tp: Mapping[str, str], tp_degree: int = 1
 ) -> Conversion:
-    """Have the linear layers of `model` compute in float8, in place. Before anything else is applied to it.
+    """Have the linear layers of `model` that `plan_float8` names compute in float8, in place. Before anything else is applied to it.
 
-    Names, shapes and dtypes of parameters stay, so that checkpoints fit with and without. The output matrix and routers of
-    experts stay in high precision; so do layers that `section.filter_fqns` names, and those with a dim, in or out, on each of
-    `tp_degree` ranks, that is no multiple of 16. tp: the plan's style of modules, by glob.
+    Names, shapes and dtypes of parameters stay, so that checkpoints fit with and without.
 
     Raises:
-        ValueError: a pattern that is part of no name, nothing left to convert, or a GPU that cannot multiply in float8.
+        ValueError: see `plan_float8` and `check_device`.
+    """
+    check_device(section)
+    conversion, recipe = plan_float8(model, section=section, tp=tp, tp_degree=tp_degree), build_recipe(section)
+    modules = dict(model.named_modules())
+    styles = _get_styles(modules, tp)
+    for name in conversion.converted:
+        module, parent_name = modules[name], name.rpartition(".")[0]
+        assert isinstance(module, nn.Linear)
+        become_float8(module, recipe)
+        assert isinstance(module, Float8Linear)
+        if styles.get(name, "").startswith("colwise") and styles.get(parent_name) == "gather_seq":
+            module.input_group = parent_name  # each gets what the parent gathered
+    return conversion
+
+
+def plan_float8(
+    model: nn.Module, *, section: Float8LinearConfig, tp: Mapping[str, str], tp_degree: int = 1
+) -> Conversion:
+    """Return what is to become of each linear layer of `model`.
+
+    The output matrix and routers of experts stay in high precision; so do layers that `section.filter_fqns` names, and those with
+    a dim, in or out, on each of `tp_degree` ranks, that is no multiple of 16. tp: the plan's style of modules, by glob.
+
+    Raises:
+        ValueError: a pattern that is part of no name, or nothing left to convert.
     """
     recipe = build_recipe(section)
-    _check_device(section, recipe)
     modules = dict(model.named_modules())
     _check_patterns(section.filter_fqns, modules)
-    styles = {name: style for glob, style in tp.items() for name in match_modules(glob, modules)}
+    styles = _get_styles(modules, tp)
     conversion = Conversion()
     for name, module in modules.items():
         if isinstance(module, Output):
@@ -97,25 +138,22 @@ def apply_float8(
         elif isinstance(module, nn.Linear):
             conversion.shapes[name] = (module.in_features, module.out_features)
             part = _get_part(module, styles.get(name, ""), tp_degree)
-            parent = modules[name.rpartition(".")[0]]
-            reason = _find_reason(name, module, part, parent, section, recipe)
+            reason = _find_reason(name, module, part, modules[name.rpartition(".")[0]], section, recipe)
             if reason is None:
-                become_float8(module, recipe)
-                assert isinstance(module, Float8Linear)
-                parent_name = name.rpartition(".")[0]
-                if styles.get(name, "").startswith("colwise") and styles.get(parent_name) == "gather_seq":
-                    module.input_group = parent_name  # each gets what the parent gathered
                 conversion.parts[name] = part
             else:
                 conversion.kept[name] = reason
-    for line in conversion.describe():
-        logger.info("float8, %s: %s", section.recipe_name or "tensorwise", line)
     if not conversion.converted:
         raise ValueError(
             f"model.converters has {SECTION}, but no linear layer can be converted: "
             f"{'; '.join(conversion.describe()) or 'the model has none'}. Take it out of model.converters"
         )
     return conversion
+
+
+def _get_styles(modules: Mapping[str, nn.Module], tp: Mapping[str, str]) -> dict[str, str]:
+    """Return the plan's style of each module that has one, by name."""
+    return {name: style for glob, style in tp.items() for name in match_modules(glob, modules)}
 
 
 def _find_reason(
@@ -183,9 +221,15 @@ def check_even_shards(parts: Mapping[str, tuple[int, int]], degree: int) -> None
             )
 
 
-def _check_device(section: Float8LinearConfig, recipe: Recipe) -> None:
-    if recipe.emulate:
+def check_device(section: Float8LinearConfig) -> None:
+    """Check that the device of this process can multiply in float8.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if section.emulate:
         return
+    recipe = build_recipe(section)
     if not torch.cuda.is_available():
         if recipe.is_rowwise and torch.__version__ < "2.13":
             raise ValueError(
@@ -196,7 +240,7 @@ def _check_device(section: Float8LinearConfig, recipe: Recipe) -> None:
     have, needed = torch.cuda.get_device_capability(), (9, 0) if recipe.is_rowwise else (8, 9)
     if have < needed:
         raise ValueError(
-            f"{SECTION}.recipe_name = {section.recipe_name!r} needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and "
-            f"{torch.cuda.get_device_name()} has {have[0]}.{have[1]}. Set {SECTION}.emulate = true to try it slowly, or take "
+            f"{SECTION}.recipe_name = {section.recipe_name or 'tensorwise'!r} needs a GPU of compute capability {needed[0]}.{needed[1]} "
+            f"or more, and {torch.cuda.get_device_name()} has {have[0]}.{have[1]}. Set {SECTION}.emulate = true to try it slowly, or take "
             f"{SECTION} out of model.converters"
         )

@@ -11,10 +11,11 @@ from models.llama3.args import LlamaArgs
 from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
 from models.registry import get_model_spec
-from trainer.config.schema_quantize import Float8LinearConfig
+from trainer.config.schema_quantize import Float8LinearConfig, QuantizeConfig, QuantizeLinearConfig
 from trainer.distributed import tensor_parallel
+from trainer.distributed.parallel_dims import ParallelDims
 from trainer.low_precision import convert
-from trainer.low_precision.convert import apply_float8, check_even_shards
+from trainer.low_precision.convert import apply_float8, apply_low_precision, check_even_shards
 from trainer.low_precision.float8_linear import Float8Linear
 
 ARGS = LlamaArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=96, max_seq_len=16)
@@ -27,7 +28,9 @@ def build(args: LlamaArgs = ARGS) -> nn.Module:
 
 def apply(model: nn.Module, tp_degree: int = 1, **settings) -> set[str]:
     """Convert, and return the names of what is in float8."""
-    apply_float8(model, section=Float8LinearConfig(**settings), tp=build_plan(ARGS).tp, tp_degree=tp_degree)
+    section = QuantizeConfig(linear=QuantizeLinearConfig(float8=Float8LinearConfig(**settings)))
+    dims = ParallelDims(world_size=tp_degree, dp_replicate=1, dp_shard=1, cp=1, tp=tp_degree, pp=1)
+    apply_low_precision(model, converters=["float8"], quantize=section, plan=build_plan(ARGS), dims=dims)
     return {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
 
 
