@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.config.schema_parallel import CommConfig
+from trainer.distributed.compile_cache import guard_compile_cache
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.watchdog import Watchdog
 
@@ -39,6 +40,7 @@ def init_process_group(
         _enable_flight_recorder(comm, Path(dump_folder))
     else:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # torch records by default
+    guard_compile_cache()  # with a process group come DTensors
     backend = get_backend(device_type, needs_cpu_backend)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     if world_size == 1:
