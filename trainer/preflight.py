@@ -22,7 +22,7 @@ from trainer.preflight_parallel import Model, find_parallel_model_problems
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_NAMES = ("AdamW", "Adam", "Muon")
+OPTIMIZER_NAMES = ("AdamW", "Adam", "Muon", "AdamW8bit", "AdamWFp8", "AdamW4bit")
 """Names in the optimizer table, which itself imports torch. A test compares the two."""
 
 EXPERT_BACKEND_NAMES = ("standard", "deepep")

@@ -1,6 +1,6 @@
 """Optimizers by name, parameter groups by pattern, and a state that any sharding can load.
 
-`build_optimizer` looks the name up in a table (AdamW, Adam, Muon, and what `register_optimizer` added), sorts the
+`build_optimizer` looks the name up in a table (AdamW, also with moments of few bits, Adam, Muon, and what `register_optimizer` added), sorts the
 parameters into groups and returns an `Optimizers`: one or more torch optimizers over one model or its pipeline stages.
 """
 
@@ -9,6 +9,7 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from trainer.components.fqn import as_model_parts, clean_fqn, named_parameters
 from trainer.components.muon import ShardedMuon
 from trainer.config.fields import suggest
 from trainer.config.schema_training import OptimizerConfig, ParamGroupConfig
+from trainer.low_precision.adam import LowPrecisionAdam
+from trainer.low_precision.moments import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +91,8 @@ class Optimizers:
     def step(self, skip: Tensor | None = None) -> None:
         """Update the parameters, unless `skip` says not to: then parameters, moments and step counts stay as they are.
 
-        skip: 0-dim float32, 1.0 to skip and 0.0 not to, the same on all ranks. Fused Adam and AdamW read it on the
-            parameters' device; for any other optimizer, and where it lies elsewhere, the host waits for its value.
+        skip: 0-dim float32, 1.0 to skip and 0.0 not to, the same on all ranks. Adam and AdamW, fused or in low precision, read it on
+            the parameters' device; for any other optimizer, and where it lies elsewhere, the host waits for its value.
         """
         if skip is not None and not all(_reads_skip_on_device(optimizer) for optimizer in self.optimizers):
             if bool(skip):
@@ -247,6 +250,10 @@ def _check_patterns(section: OptimizerConfig, names: Iterable[str]) -> None:
 def _build_adam(
     kind: type[torch.optim.Adam], parameters: list[TrainedParameter], section: OptimizerConfig
 ) -> torch.optim.Optimizer:
+    dtype = section.state_dtype
+    is_plain = dtype == "float32" and all(p.parameter.dtype == torch.float32 for p in parameters)
+    if dtype is not None and not is_plain:
+        return _build_low_precision_adam(dtype, parameters, section, decoupled=kind is torch.optim.AdamW)
     return kind(
         group_parameters(parameters, lr=section.lr, weight_decay=section.weight_decay),
         lr=section.lr,
@@ -255,6 +262,20 @@ def _build_adam(
         weight_decay=section.weight_decay,
         fused=section.implementation == "fused",
         foreach=section.implementation == "foreach",
+    )
+
+
+def _build_low_precision_adam(
+    moments: str, parameters: list[TrainedParameter], section: OptimizerConfig, *, decoupled: bool = True
+) -> torch.optim.Optimizer:
+    return LowPrecisionAdam(
+        group_parameters(parameters, lr=section.lr, weight_decay=section.weight_decay),
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        moments=FORMATS[moments],
+        decoupled=decoupled,
     )
 
 
@@ -297,6 +318,8 @@ def _is_hidden_matrix(item: TrainedParameter, exclude: Sequence[str]) -> bool:
 
 
 def _reads_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    if isinstance(optimizer, LowPrecisionAdam):
+        return True
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults["fused"])
 
 
@@ -313,6 +336,9 @@ def _materialize_state(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+    elif isinstance(optimizer, LowPrecisionAdam):
+        for parameter in bare:
+            optimizer.make_state(parameter)
     elif isinstance(optimizer, torch.optim.Muon):
         for parameter in bare:
             optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
@@ -353,4 +379,7 @@ _BUILDERS: dict[str, OptimizerBuilder] = {
     "AdamW": lambda parameters, section: _build_adam(torch.optim.AdamW, parameters, section),
     "Adam": lambda parameters, section: _build_adam(torch.optim.Adam, parameters, section),
     "Muon": _build_muon,
+    "AdamW8bit": partial(_build_low_precision_adam, "AdamW8bit"),
+    "AdamWFp8": partial(_build_low_precision_adam, "AdamWFp8"),
+    "AdamW4bit": partial(_build_low_precision_adam, "AdamW4bit"),
 }

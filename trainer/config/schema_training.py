@@ -78,7 +78,7 @@ class OptimizerConfig:
     """How the weights are updated."""
 
     name: str = "AdamW"
-    """Optimizer, by its name in the table: AdamW, Adam, Muon or one registered by `experimental.custom_import`."""
+    """Optimizer, by its name in the table: AdamW, Adam, Muon, AdamW with moments of few bits as in torchao (AdamW8bit, AdamWFp8, AdamW4bit), or one registered by `experimental.custom_import`."""
     lr: float = 8e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -91,6 +91,8 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Kernel of the update. fused is the fastest."""
+    state_dtype: Literal["float32", "bfloat16", "float8"] | None = None
+    """AdamW and Adam: dtype of the moments. Unset: that of the parameters. bfloat16: with stochastic rounding. float8: the first moment in float8, with a scale for each block of up to 256 values, the second in bfloat16."""
     early_step_in_backward: bool = False
     """torchtitan's update inside the backward pass. Not available: it turns gradient clipping off in silence."""
     no_decay: list[str] = field(default_factory=list)

@@ -20,6 +20,7 @@ from trainer.config.ranges import find_range_problems
 from trainer.config.schema import JobConfig
 from trainer.config.unavailable import find_refusals, find_settings_without_effect
 from trainer.config.validate_experts import EXPERT_RULES, find_lent_ranks_problems
+from trainer.config.validate_optimizer import OPTIMIZER_RULES
 from trainer.config.validate_parallel import (
     DEGREES,
     PARALLEL_RULES,
@@ -131,15 +132,6 @@ def _check_metrics(config: JobConfig) -> Iterator[Problem]:
         if get_value(config, key) and importlib.util.find_spec(module) is None:
             message = f"{key} = true: the package {module} is not installed. Install it (pip install {extra}),"
             yield Problem(f"{message} or set {key} = false.", (key,))
-
-
-def _check_optimizer(config: JobConfig) -> Iterator[Problem]:
-    for index, group in enumerate(config.optimizer.param_groups):
-        if not group.match.strip():
-            message = f"optimizer.param_groups, item {index + 1}: match is missing. It is a glob over parameter names."
-            yield Problem(message, ("optimizer.param_groups",))
-    if any(not pattern.strip() for pattern in config.optimizer.no_decay):
-        yield Problem("optimizer.no_decay: an empty pattern matches nothing. Leave it out.", ("optimizer.no_decay",))
 
 
 def _check_data(config: JobConfig) -> Iterator[Problem]:
@@ -320,7 +312,6 @@ _RULES: tuple[Rule, ...] = (
     _check_job,
     _check_profiling,
     _check_metrics,
-    _check_optimizer,
     _check_data,
     _check_checkpoint,
     _check_rollback,
@@ -329,6 +320,7 @@ _RULES: tuple[Rule, ...] = (
     _check_credentials,
     _check_compile,
     _check_activation_checkpoint,
+    *OPTIMIZER_RULES,
     *PARALLEL_RULES,
     *EXPERT_RULES,
     *PIPELINE_RULES,
