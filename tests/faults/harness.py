@@ -74,7 +74,7 @@ class Job(AbstractContextManager):
     ) -> None:
         """kill_seconds: from SIGTERM to SIGKILL. on_gpus: one for each process, and none otherwise."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_PRELOAD, "trainer.trainer"])
+        context.set_forkserver_preload(_PRELOAD)
         self.run, self._kill_seconds = run, kill_seconds
         self._began = time.monotonic()
         self._marks = run.folder / f"marks_{time.monotonic_ns()}"
