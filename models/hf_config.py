@@ -38,12 +38,27 @@ def check_values(config: Mapping[str, Any], **expected: Any) -> None:
         found = config.get(key)
         if found is not None and found != value:
             raise ValueError(f"config.json: {key} = {found!r}, but this program's networks have {value!r}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"config.json: the weights are quantized (quant_method = {method!r}), which is not supported. Convert them to "
-            "bfloat16 first"
-        )
+    get_block_size(config)
+
+
+def get_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return rows and columns of the blocks of weights that are stored in fp8 with a scale for each, None if weights are not quantized.
+
+    Raises:
+        ValueError: they are quantized otherwise.
+    """
+    section = config.get("quantization_config")
+    if not section:
+        return None
+    method, block = section.get("quant_method", "unknown"), section.get("weight_block_size")
+    if method == "fp8" and section.get("fmt", "e4m3") == "e4m3" and isinstance(block, list) and len(block) == 2:
+        rows, columns = map(int, block)
+        return rows, columns
+    raise ValueError(
+        f"config.json: the weights are quantized (quant_method = {method!r}, fmt = {section.get('fmt')!r}, weight_block_size = {block}), "
+        "which is not supported. Of quantized weights, those in fp8 (e4m3) with a scale for each block are read, as DeepSeek-V3 has "
+        "them. Convert others to bfloat16 first"
+    )
 
 
 def get_rope_parameters(config: Mapping[str, Any], *, known: Iterable[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from models.hf_layout import read_box
 from trainer.components.durable_files import sync_folder
 from trainer.components.hf_export import SHARD_SIZE, Export, match_tensors, write_description, write_weights
-from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder
+from trainer.components.hf_files import CONFIG_NAME, DTYPES, GENERATION_CONFIG_NAME, HFFolder, is_hf_folder, write_json
 from trainer.components.hf_load import check_shapes, find_stored
 from trainer.components.native_weights import NativeWeights, write_native
 from trainer.components.network import Network, find_saved_model
@@ -170,9 +170,10 @@ def convert_from_hf(options: argparse.Namespace, folder: Path) -> int:
         offsets, sizes = (begin, *(0 for _ in shape[1:])), (count, *shape[1:])
         return read_box(stored[name], shape, offsets, sizes, source.read)
 
-    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, folder / name)
+    # Quantized weights are no longer that.
+    write_json(folder / CONFIG_NAME, {k: v for k, v in source.config.items() if k != "quantization_config"})
+    if (source.path / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(source.path / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
     copy_tokenizer_files(source.path, folder)
     total = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in network.shapes.items())
     with progress_bar(total) as bar:

@@ -1,9 +1,12 @@
 """Tiny models of transformers with random weights, as folders of files: what a test reads in place of a download."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -93,6 +96,34 @@ def write_hf_folder(case: str, folder: Path, *, max_shard_size: str = "5GB", dty
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer_files(build_tokenizer("byte"), folder, max_length=128)
     return model
+
+
+def quantize_folder(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Store the matrices of a folder in fp8 as DeepSeek-V3 does, but for embeddings and routers; return what all tensors are then worth."""
+    tensors, worth = load_file(folder / "model.safetensors"), {}
+    for name, x in list(tensors.items()):
+        worth[name] = x
+        if x.ndim != 2 or name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")):
+            continue
+        sizes = [-(-length // size) for length, size in zip(x.shape, block, strict=True)]
+        scales, values = torch.empty(sizes), torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        worth[name] = torch.empty_like(x, dtype=torch.bfloat16)
+        for i, j in itertools.product(*map(range, sizes)):
+            box = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            scales[i, j] = x[box].abs().max() / 448
+            values[box] = (x[box] / scales[i, j]).to(torch.float8_e4m3fn)
+            worth[name][box] = (values[box].float() * scales[i, j]).bfloat16()
+        tensors[name], tensors[f"{name}_scale_inv"] = values, scales
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    section = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": list(block),
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return worth
 
 
 def make_tokens(seq: int = 96) -> torch.Tensor:

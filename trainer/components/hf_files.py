@@ -11,13 +11,15 @@ Imports no torch before a tensor is read.
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from models.hf_config import get_block_size
 from trainer.components.durable_files import write_text
+from trainer.components.hf_fp8 import DEQUANTIZED, dequantize, find_quantized, get_blocks, get_scale_name
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +53,16 @@ class StoredTensor:
 class HFFolder:
     """A folder of Hugging Face weights, read tensor by tensor or part by part.
 
-    config: content of config.json, empty if there is none. tensors: what the files hold, by name.
+    config: content of config.json, empty if there is none. tensors: what the files hold, by name. Weights in fp8 with scales for
+    blocks (`hf_fp8`) stand there as the bfloat16 that `read` makes of them, and their scales do not.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Read the headers of all files.
 
         Raises:
-            ValueError: no safetensors, an index that names files elsewhere or tensors that are not there, damaged files.
+            ValueError: no safetensors, an index that names files elsewhere or tensors that are not there, damaged files, another
+                quantization.
         """
         self.path = Path(path)
         weight_map = find_weights(self.path)
@@ -68,6 +72,12 @@ class HFFolder:
         self.tensors: dict[str, StoredTensor] = {}
         self._open: tuple[str, Any] | None = None
         self._read_headers(weight_map)
+        try:
+            self._block = get_block_size(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        self._scales: dict[str, StoredTensor] = {}
+        self._set_scales_aside()
 
     def _read_headers(self, weight_map: Mapping[str, str] | None) -> None:
         for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]:
@@ -83,14 +93,30 @@ class HFFolder:
                 f"{self.path / INDEX_NAME} promises {_count(lost)}, but the files do not have them: the folder is incomplete"
             )
 
+    def _set_scales_aside(self) -> None:
+        """Show weights in fp8 as what is read of them."""
+        dtypes = {name: stored.dtype for name, stored in self.tensors.items()}
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        for name in find_quantized(dtypes, shapes, self._block, str(self.path)):
+            self._scales[name] = self.tensors.pop(get_scale_name(name))
+            self.tensors[name] = replace(self.tensors[name], dtype=DEQUANTIZED)
+
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> "torch.Tensor":
-        """Return a tensor, or a box of it, on the CPU, in the dtype of the file.
+        """Return a tensor, or a box of it, on the CPU, in the dtype that `tensors` says.
 
         Raises:
             ValueError: the file is damaged.
         """
-        handle = self._handle(self.tensors[name].file)
-        return handle.get_tensor(name) if box is None or not box else handle.get_slice(name)[box]
+        stored, scales = self.tensors[name], self._scales.get(name)
+        if scales is None or self._block is None:
+            return self._read(name, stored.file, box)
+        box = box or tuple(slice(0, length) for length in stored.shape)
+        blocks = self._read(get_scale_name(name), scales.file, get_blocks(box, self._block))
+        return dequantize(self._read(name, stored.file, box), blocks, box, self._block)
+
+    def _read(self, name: str, file: str, box: tuple[slice, ...] | None) -> "torch.Tensor":
+        handle = self._handle(file)
+        return handle.get_tensor(name) if not box else handle.get_slice(name)[box]
 
     def close(self) -> None:
         """Let go of the file that was read last. Until then its pages count as this process's memory."""

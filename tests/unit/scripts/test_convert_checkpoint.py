@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.hf_config import find_family
 from scripts.convert_checkpoint import main
-from tests.hf_models import CASES, make_tokens, write_hf_folder
+from tests.hf_models import CASES, make_tokens, quantize_folder, write_hf_folder
 from trainer.components.checkpoint_files import is_whole
 from trainer.components.hf_files import HFFolder
 from trainer.components.native_weights import NativeWeights
@@ -87,6 +87,18 @@ def test_export_dtype_and_fused_experts(case, tmp_path):
     assert back.keys() == read_all(tmp_path / "hf").keys()
 
 
+def test_weights_in_fp8_blocks_become_bfloat16(tmp_path):
+    write_hf_folder("deepseek_v3", tmp_path / "hf")
+    worth = quantize_folder(tmp_path / "hf", (16, 24))  # blocks at the edges are smaller
+    assert sum(x.dtype == torch.bfloat16 for x in worth.values()) > 60
+    back = convert(convert(tmp_path / "hf", tmp_path / "native"), tmp_path / "back", "--dtype", "float32")
+    found = read_all(back)
+    assert found.keys() == worth.keys()
+    assert all(torch.equal(found[name], worth[name].float()) for name in worth)
+    assert "quantization_config" not in (tmp_path / "native/config.json").read_text()
+    assert load(back).dtype == torch.float32
+
+
 def break_folder(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -123,7 +135,7 @@ def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, capsys):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but this program's networks have 'silu'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type = 'linear' of rope_scaling is not supported"),
         ({"model_type": "lama"}, "model_type = 'lama' is no family of this program. Did you mean llama?"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized (quant_method = 'fp8')"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized (quant_method = 'fp8'"),
     ):
         (native / "config.json").write_text(json.dumps(config | changes))
         assert main([str(native), str(tmp_path / "out")]) == 1
