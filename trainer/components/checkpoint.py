@@ -163,6 +163,8 @@ class CheckpointManager:
             if last and self._section.last_save_in_hf:
                 assert self._hugging_face is not None, "checkpoint.last_save_in_hf needs hugging_face"
                 self._hugging_face.save(self._states[MODEL], step, self._ranks, prepare=self._writer.prepare)
+                if self._remote is not None:
+                    self._writer.upload_export(step, self._ranks, last=HuggingFaceFiles.LAST_NAME)
             elif last and self._section.last_save_model_only:
                 self._save(step, model_only=True, dtype=getattr(torch, self._section.export_dtype))
             else:

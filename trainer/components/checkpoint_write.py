@@ -134,6 +134,37 @@ class CheckpointWriter:
             logger.info("Copied %s to %s in %.1f s.", local, remote.url, time.perf_counter() - started)
             self._delete_later(partial(self._delete_old_in_store, save.step))
 
+    def upload_export(self, step: int, ranks: Ranks, *, last: str) -> None:
+        """Copy a folder that is no checkpoint to the store, ranks sharing its files.
+
+        last: the file that comes last, without which nobody takes the folder for whole
+
+        Raises:
+            RuntimeError: it failed, on all ranks; the local folder is whole.
+        """
+        assert self._remote is not None, "there is no store"
+        started = time.perf_counter()
+        local, remote = files.step_path(self._folder, step), self._remote.at(step)
+        names = sorted({path.name for path in local.iterdir()} - {last})
+
+        def begin() -> None:
+            self._lock.check()
+            if remote.list_names():
+                remote.delete()
+
+        first = ranks.rank == 0
+        try:
+            ranks.together(f"begin {remote.url}", begin if first else None)
+            share = names[ranks.rank :: ranks.world_size]
+            ranks.together(f"copy {local} to {remote.url}", lambda: remote.upload(local, share))
+            ranks.together(f"finish {remote.url}", (lambda: remote.upload(local, [last])) if first else None)
+        except (RuntimeError, ValueError) as error:
+            if first:
+                logger.error("CHECKPOINT NOT COPIED: %s. %s is whole.", error, local)
+            raise
+        if first:
+            logger.info("Copied %s to %s in %.1f s.", local, remote.url, time.perf_counter() - started)
+
     def report_failure(self, save: Save, error: Exception) -> None:
         """Raise an alarm and leave nothing behind. Not collective: does nothing but on rank 0."""
         room = ""

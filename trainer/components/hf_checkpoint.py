@@ -15,7 +15,7 @@ from trainer.components.checkpoint_ranks import Ranks
 from trainer.components.checkpoint_state import MODEL
 from trainer.components.durable_files import sync_folder
 from trainer.components.hf_export import Export, describe_network, write_description, write_weights
-from trainer.components.hf_files import HFFolder
+from trainer.components.hf_files import CONFIG_NAME, HFFolder
 from trainer.components.hf_load import load_hf_weights
 from trainer.components.native_weights import NativeWeights
 from trainer.components.network import Network
@@ -34,6 +34,9 @@ class HuggingFaceFiles:
 
     folder: where the checkpoints of the run are kept. initial_path: the folder to begin from. dtype: of the weights that are saved.
     """
+
+    LAST_NAME = CONFIG_NAME
+    """Of a copy this file comes last: without it nothing can be loaded."""
 
     def __init__(self, network: Network, *, folder: Path, initial_path: Path, dtype: str, tokenizer: Tokenizer) -> None:
         self._network = network

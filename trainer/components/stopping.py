@@ -138,7 +138,7 @@ class Stopper:
 
 
 def build_stopper(*, signals: StopSignals | None, ends_at: float | None, device: torch.device) -> Stopper:
-    """Return the stopper of a run whose process group is up: from here on signals are asked for, and interrupt nothing.
+    """Return the stopper of a run whose process group is up: from here on signals are asked for.
 
     ends_at: when the time of this process is over, on the clock of `time.monotonic`. None: not limited, or another rank keeps it.
     """

@@ -9,10 +9,15 @@ import fsspec
 import pytest
 import torch.distributed.checkpoint as dcp
 
+from models.registry import get_model_spec
 from tests.unit.components.checkpoint_run import MODES, SECTION, Run, assert_equal, weights
 from trainer.components import checkpoint_files as files
 from trainer.components import checkpoint_remote as remote
+from trainer.components.checkpoint import CheckpointManager
 from trainer.components.checkpoint_remote import RemoteCheckpoint, RemoteFolder
+from trainer.components.hf_checkpoint import build_hugging_face
+from trainer.components.tokenizer import build_tokenizer
+from trainer.config.schema_training import ModelConfig
 
 URL = "memory://bucket/run"
 STORED = replace(SECTION, remote_folder=URL)
@@ -223,3 +228,27 @@ def test_store_that_nothing_here_can_reach_is_an_error_at_once(url, error):
         pytest.skip("gcsfs is installed")
     with pytest.raises(error):
         RemoteFolder(url)
+
+
+def test_hugging_face_folder_at_the_end_of_a_run_is_copied_with_its_description_last(
+    tmp_path, store, monkeypatch, caplog
+):
+    args = replace(get_model_spec("llama3").get_args("debugmodel"), n_layers=1)
+    model = get_model_spec("llama3").load_model_class()(args)
+    section = replace(STORED, last_save_in_hf=True, last_save_model_only=True)
+    hugging_face = build_hugging_face(
+        section, model=ModelConfig(name="llama3"), args=args, folder=tmp_path, tokenizer=build_tokenizer("byte")
+    )
+    manager = CheckpointManager({"model": model}, section=section, folder=tmp_path, hugging_face=hugging_face)
+    store.pipe_file("/bucket/run/step-3/__0_0.distcp", b"of another run, cut off")
+    manager.save(3, last=True)
+    local = {path.name: path.read_bytes() for path in (tmp_path / "step-3").iterdir()}
+    assert "model.safetensors" in local
+    assert {name: store.cat_file(f"/bucket/run/step-3/{name}") for name in names_in(store, 3)} == local
+    assert RemoteFolder(URL).list_steps() == [], "it is no checkpoint to resume from"
+    fail_for(monkeypatch, store, "put_file", times=99, only="model.safetensors")
+    with pytest.raises(RuntimeError, match=r"the store is tired.* It was the last one of the run"):
+        manager.save(4, last=True)
+    assert f"{tmp_path / 'step-4'} is whole" in caplog.text
+    assert "config.json" not in names_in(store, 4)
+    manager.close()
