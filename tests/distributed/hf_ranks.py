@@ -24,7 +24,7 @@ from trainer.parallelize import parallelize
 MESHES = {
     "llama": ["data_parallel_shard_degree", "tensor_parallel_degree", "pipeline_parallel_degree"],
     "llama_tied": ["data_parallel_shard_degree", "tensor_parallel_degree"],
-    "deepseek_v3": ["data_parallel_shard_degree", "pipeline_parallel_degree"],
+    "deepseek_v3": ["data_parallel_shard_degree", "pipeline_parallel_degree", "expert_parallel_degree"],
 }
 
 

@@ -3,11 +3,14 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from scripts.convert_checkpoint import main as convert
 from tests.distributed.harness import run_distributed
 from tests.distributed.hf_ranks import MESHES, load_and_save_all
 from tests.distributed.training import Run, assert_succeeded
 from tests.hf_models import make_tokens, write_hf_folder
 from trainer.components.hf_files import HFFolder
+from trainer.components.native_weights import NativeWeights
+from trainer.components.network import Network
 
 
 def test_any_mesh_begins_from_a_folder_and_saves_the_same(tmp_path):
@@ -48,3 +51,22 @@ def test_run_saves_what_transformers_loads_and_another_begins_from_it(tmp_path):
     begun = assert_succeeded(second(1, *model, *options, keep=(2,)))[0].states[2]
     after = next(x for name, x in begun.items() if name.endswith("tok_embeddings.weight"))
     torch.testing.assert_close(after, embeddings.bfloat16().float(), rtol=0, atol=1e-6)
+
+
+def test_checkpoint_of_a_run_with_experts_and_stages_apart_is_converted(tmp_path):
+    options = ["--model.name=deepseek_v3", "--model.flavor=debugmodel", "--model.attn_mask_type=causal"]
+    options += ["--checkpoint.enable", "--training.steps=1", "--lr_scheduler.total_steps=1"]
+    options += ["--parallelism.expert_parallel_degree=2", "--parallelism.pipeline_parallel_degree=2"]
+    assert_succeeded(Run(tmp_path)(4, *options))
+    native = tmp_path / "run/checkpoint/step-1"
+    assert convert([str(native), str(tmp_path / "hf")]) == 0
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values())
+    weights = NativeWeights(native)
+    network = Network.from_native(weights)
+    ours = network.spec.load_model_class()(network.args).eval()
+    ours.load_state_dict({name: weights.read(name) for name in weights.shapes})
+    with torch.no_grad():
+        expected = ours(make_tokens(64))
+        assert expected.std() > 0.05
+        torch.testing.assert_close(theirs.eval()(make_tokens(64)).logits, expected, rtol=0, atol=1e-5)
