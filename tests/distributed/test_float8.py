@@ -59,13 +59,15 @@ def run_all(*cases: Case) -> list[dict[str, Outcome]]:
 
 
 @functools.cache
-def reference(base: Any = ARGS) -> Outcome:
-    return run_reference(Case("reference", base=base))
+def reference(base: Any = ARGS, device_type: str = "cpu") -> Outcome:
+    return run_reference(Case("reference", base=base), device_type)
 
 
-def assert_near(outcomes: list[Outcome], recipe: str = "tensorwise", base: LlamaArgs = ARGS) -> None:
+def assert_near(
+    outcomes: list[Outcome], recipe: str = "tensorwise", base: LlamaArgs = ARGS, device_type: str = "cpu"
+) -> None:
     of_loss, of_gradient = TOLERANCES[recipe]
-    expected, seen = reference(base), set()
+    expected, seen = reference(base, device_type), set()
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=of_loss)
         for name, gradient in outcome.gradients.items():

@@ -200,7 +200,7 @@ def test_two_gpus_are_near_bf16() -> None:
     results = run_distributed(run_on_gpus, 2, cases, backend="nccl", timeout=280)
     for name in results[0]:
         recipe = name if name == "rowwise" else "tensorwise"
-        assert_near([result[name] for result in results], recipe, SHALLOW)
+        assert_near([result[name] for result in results], recipe, SHALLOW, "cuda")  # whose weights are others
     assert results[0]["gather"].losses == pytest.approx(results[0]["copy_engine"].losses, rel=1e-5)
     scales = results[0]["delayed"].float8
     assert scales == results[1]["delayed"].float8

@@ -14,7 +14,7 @@ from trainer.low_precision.scaling import cast, get_amax
 
 _DTYPES = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
-_BLOCK_ROWS, _BLOCK_COLUMNS = 128, 64
+_BLOCK_ROWS, _BLOCK_COLUMNS = 64, 128
 
 
 @torch.library.custom_op("bloomery::cast_both_ways", mutates_args=())
