@@ -120,6 +120,8 @@ def _enable_flight_recorder(comm: CommConfig, dump_folder: Path) -> None:
         "TORCH_FR_DUMP_TEMP_FILE": prefix,
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        # Time for all ranks to write. torch waits four times as long before it ends the process: 60 s if it were not told.
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "5000",
         # Abort the process on a timeout without tearing communicators down first: tear-down may hang, and lose the dump.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     }
