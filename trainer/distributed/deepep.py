@@ -7,7 +7,7 @@ serves all mixtures.
 Letters: T tokens, K experts of a token, E experts, e of them here, A tokens that arrive, R rows made of them, D dim.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import deep_ep
 import torch
@@ -80,7 +80,7 @@ class _Journey:
 
 def _get_buffer(axis: TensorAxis, token_bytes: int) -> Any:
     """Return the communication buffers of a group, made when they are first asked for, and anew for wider tokens. Collective then."""
-    group, buffer = _resolve_process_group(axis.group_name), _buffers.get(axis.group_name)
+    group, buffer = _resolve_process_group(cast(Any, axis.group_name)), _buffers.get(axis.group_name)
     configs = [
         choose(axis.degree) for choose in (deep_ep.Buffer.get_dispatch_config, deep_ep.Buffer.get_combine_config)
     ]
