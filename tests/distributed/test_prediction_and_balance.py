@@ -5,6 +5,7 @@ Cases of as many ranks share their processes, since starting those is most of th
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def pipeline(schedule: str, **more: Any) -> dict[str, Any]:
 
 
 def case(name: str, parallelism: dict[str, Any], base: DeepSeekV3Args = ARGS, **options: Any) -> Case:
-    ranks = parallelism.get("context_parallel_degree", 1) * parallelism.get("pipeline_parallel_degree", 1)
+    axes = ("context", "pipeline", "tensor")
+    ranks = math.prod(parallelism.get(f"{axis}_parallel_degree", 1) for axis in axes)
     return Case(name, options.pop("world_size", ranks), parallelism, base=base, **options)
 
 
@@ -58,6 +60,7 @@ SHALLOW = dataclasses.replace(ARGS, mtp_depth=1)
 ALL_CHOSEN = dataclasses.replace(ARGS, n_experts=2)
 BALANCED = dataclasses.replace(ARGS, n_layers=2, n_dense_layers=0, mtp_depth=0)  # one kind of block to compile
 AC_OP = {"mode": "selective", "selective_ac_option": "op"}
+TP = {"tensor_parallel_degree": 2}
 REPLICATED = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
 
 CASES = [
@@ -79,6 +82,9 @@ CASES = [
     case("ddp_pp_interleaved", pipeline("Interleaved1F1B", **REPLICATED), world_size=4, microbatches=2),
     case("cp_pp_1f1b", pipeline("1F1B", **context("ring"))),
     case("cp_pp_dualpipev", pipeline("DualPipeV", **context("allgather")), documents=True),
+    case("tp", TP),
+    case("tp_ep_accumulation", {**TP, "expert_parallel_degree": 2}, microbatches=2, documents=True),
+    case("tp_pp_1f1b_ac_op", {**TP, **pipeline("1F1B")}, SHALLOW, activation_checkpoint=AC_OP),
     case("pp4_1f1b", {**pipeline("1F1B"), "pipeline_parallel_degree": 4}),
 ]
 
