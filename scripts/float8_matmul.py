@@ -2,16 +2,19 @@
 
     python scripts/float8_matmul.py --out float8_h200                  # a sweep; CSV, and PNG heat maps with matplotlib
     python scripts/float8_matmul.py --model 8B --tokens 16384 --out llama3_8b
+    python scripts/float8_matmul.py --workers 8 --out trainer/low_precision/speed_tables/h200     # for auto_filter_by_speed
 
 M: tokens, K: features in, N: features out. `product` multiplies float8 matrices that are there already, once; `layer` has the three
-products of a layer with all casts, compiled as a run does it. A speedup below 1 means: leave such layers in bf16, by
-quantize.linear.float8.filter_fqns. Times are medians over `--repeats`, of the GPU's clock.
+products of a layer with all casts, compiled as a run does it. A speedup below 1 means: leave such layers in bf16, as
+quantize.linear.float8.filter_fqns = ["auto_filter_by_speed"] does by the CSV. Times are medians over `--repeats`, of the GPU's clock.
+Compilation takes most of the time: `--workers` processes do it beforehand, into the compiler's cache.
 """
 
 import argparse
 import csv
 import itertools
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,9 +34,12 @@ from trainer.low_precision.recipe import E4M3, build_recipe  # noqa: E402
 from trainer.low_precision.scaling import quantize  # noqa: E402
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "static")
-SWEEP = (1024, 2048, 4096, 8192, 16384)
+# Tokens, and features: from what loses by float8 to what gains most.
+SWEEP_TOKENS, SWEEP = (2048, 8192, 32768), (1024, 2048, 4096, 8192, 16384)
 # Enough bytes written in between for nothing to be left in the L2 cache of any GPU there is.
 _FLUSH_BYTES = 2**28
+# About a millisecond, for the host to be ahead, as it is in a run: launches then do not count.
+_SLEEP_CYCLES = 2_000_000
 Shape = tuple[int, int, int]
 
 
@@ -61,6 +67,7 @@ def measure_seconds(work: Callable[[], Any], device: torch.device, *, repeats: i
         flush.zero_()
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_SLEEP_CYCLES)
             begin.record()
             work()
             end.record()
@@ -85,10 +92,10 @@ def measure_product(shape: Shape, recipe_name: str | None, device: torch.device,
     return measure_seconds(lambda: multiply(x8, w8, out_dtype=torch.bfloat16, fast=True), device, repeats=repeats)
 
 
-def measure_layer(
-    shape: Shape, recipe_name: str | None, device: torch.device, *, repeats: int, backend: str, fused_cast: str
-) -> float:
-    """Return the time of forward and backward of a layer, compiled."""
+def build_layer(
+    shape: Shape, recipe_name: str | None, device: torch.device, *, backend: str, fused_cast: str
+) -> Callable[[], None]:
+    """Return forward and backward of a layer, to be compiled in the first call. recipe_name: None for bf16"""
     m, k, n = shape
     linear = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
     if recipe_name is not None:
@@ -106,29 +113,44 @@ def measure_layer(
         x.grad = linear.weight.grad = None
         compiled(x).backward(g)
 
-    return measure_seconds(work, device, repeats=repeats)
+    return work
+
+
+def compile_ahead(shapes: Sequence[Shape], argv: Sequence[str], workers: int) -> None:
+    """Have other processes compile all layers, so that this one finds them in the compiler's cache."""
+    processes = []
+    for first in range(min(workers, len(shapes))):
+        part = [",".join(map(str, shape)) for shape in shapes[first::workers]]
+        command = [sys.executable, __file__, *argv, "--compile-only", "--shapes", *part]
+        processes.append(subprocess.Popen(command))
+    exit_codes = [process.wait() for process in processes]
+    if any(exit_codes):
+        raise SystemExit("a process that compiles ahead has failed")
 
 
 def measure(
-    shapes: Sequence[Shape], recipes: Sequence[str], device: torch.device, **options: Any
+    shapes: Sequence[Shape], recipes: Sequence[str], device: torch.device, *, repeats: int, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return a row for each shape and recipe: seconds, and speedups over bf16."""
-    repeats = options["repeats"]
+    """Return a row for each shape and recipe: seconds, and speedups over bf16. options: of `build_layer`"""
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+    def measure_both(shape: Shape, recipe: str | None) -> dict[str, float]:
+        layer = build_layer(shape, recipe, device, **options)
+        return {
+            "product": measure_product(shape, recipe, device, repeats=repeats),
+            "layer": measure_seconds(layer, device, repeats=repeats),
+        }
+
     rows = []
     for shape in shapes:
-        base = {
-            "product": measure_product(shape, None, device, repeats=repeats),
-            "layer": measure_layer(shape, None, device, **options),
-        }
+        base = measure_both(shape, None)
         for name in recipes:
-            seconds = {
-                "product": measure_product(shape, name, device, repeats=repeats),
-                "layer": measure_layer(shape, name, device, **options),
-            }
+            seconds = measure_both(shape, name)
             row: dict[str, Any] = dict(zip("MKN", shape, strict=True)) | {"recipe": name}
             for kind in ("product", "layer"):
                 row |= {f"bf16_{kind}_seconds": base[kind], f"{kind}_seconds": seconds[kind]}
                 row[f"{kind}_speedup"] = base[kind] / seconds[kind]
+            row |= {"device": device_name, "torch": torch.__version__}
             rows.append(row)
             print(format_row(row), flush=True)
     return rows
@@ -171,12 +193,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", help="M,K,N each; default: a sweep over all of 1024 to 16384")
+    parser.add_argument("--shapes", nargs="+", help="M,K,N each; default: a sweep of 75")
     parser.add_argument("--model", help="take the shapes of a Llama 3 flavor")
     parser.add_argument("--tokens", type=int, default=16384, help="M for --model")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--out", type=Path, required=True, help="name of the files, without their endings")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
+    parser.add_argument("--compile-only", action="store_true", help="measure and write nothing")
     parser.add_argument("--backend", default="inductor", help="compiler backend")
     parser.add_argument("--fused-cast", choices=("auto", "never", "gradients", "all"), default="auto")
     args = parser.parse_args(argv)
@@ -185,10 +209,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.model:
         shapes = list_model_shapes(args.model, args.tokens)
     else:
-        shapes = list(itertools.product(SWEEP, SWEEP, SWEEP))
+        shapes = list(itertools.product(SWEEP_TOKENS, SWEEP, SWEEP))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"repeats": args.repeats, "backend": args.backend, "fused_cast": args.fused_cast}
-    rows = measure(shapes, args.recipes, device, **options)
+    options = {"backend": args.backend, "fused_cast": args.fused_cast}
+    if args.compile_only:
+        for shape, recipe in itertools.product(shapes, (None, *args.recipes)):
+            build_layer(shape, recipe, device, **options)()
+        return 0
+    if args.workers > 0:
+        compile_ahead(shapes, sys.argv[1:] if argv is None else argv, args.workers)
+    rows = measure(shapes, args.recipes, device, repeats=args.repeats, **options)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

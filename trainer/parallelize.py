@@ -12,7 +12,7 @@ from trainer.distributed.fsdp import apply_data_parallel
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage, separate_copies, split_into_stages
 from trainer.distributed.tensor_parallel import apply_tensor_parallel
-from trainer.low_precision.convert import apply_low_precision
+from trainer.low_precision.convert import apply_low_precision, count_tokens
 from trainer.low_precision.float8_tensor_parallel import FLOAT8_STYLES
 
 
@@ -26,7 +26,14 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
     """
     names = [name for name, _ in model.named_modules()]
     plan.check(names)
-    apply_low_precision(model, converters=config.model.converters, quantize=config.quantize, plan=plan, dims=dims)
+    apply_low_precision(
+        model,
+        converters=config.model.converters,
+        quantize=config.quantize,
+        plan=plan,
+        dims=dims,
+        tokens=count_tokens(config.training, config.parallelism),
+    )
     spreads_experts = bool(plan.experts) and dims.spreads_experts
     if spreads_experts:
         dims.build_expert_mesh()

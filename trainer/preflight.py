@@ -100,6 +100,7 @@ def check_conversion(loaded: LoadedConfig, *, local_rank: int, world_size: int) 
         converters=config.model.converters,
         quantize=config.quantize,
         parallelism=config.parallelism,
+        training=config.training,
         local_rank=local_rank,
         world_size=world_size,
     )

@@ -8,8 +8,9 @@ from models.registry import ModelSpec
 from trainer.components.hardware import use_device
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_quantize import QuantizeConfig
+from trainer.config.schema_training import TrainingConfig
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.low_precision.convert import check_low_precision
+from trainer.low_precision.convert import check_low_precision, count_tokens
 
 
 def find_conversion_problem(
@@ -19,6 +20,7 @@ def find_conversion_problem(
     converters: list[str],
     quantize: QuantizeConfig,
     parallelism: ParallelismConfig,
+    training: TrainingConfig,
     local_rank: int,
     world_size: int,
 ) -> str | None:
@@ -30,8 +32,9 @@ def find_conversion_problem(
     with torch.device("meta"):
         model = spec.load_model_class()(args)
     dims = ParallelDims.from_config(parallelism, world_size)
+    tokens, plan = count_tokens(training, parallelism), spec.build_plan(args)
     try:
-        check_low_precision(model, converters=converters, quantize=quantize, plan=spec.build_plan(args), dims=dims)
+        check_low_precision(model, converters=converters, quantize=quantize, plan=plan, dims=dims, tokens=tokens)
     except ValueError as error:
         return str(error)
     return None

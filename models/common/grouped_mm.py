@@ -56,6 +56,15 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return *_grouped_mm_backward(grad, *ctx.saved_tensors), None
 
 
+def get_weight_gradients(
+    grad: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of `weights` of `grouped_mm`, in the dtype of `rows`. grad: (R, O) -> (G, O, I)"""
+    if rows.dtype == torch.bfloat16:
+        return F.grouped_mm(grad.contiguous().t(), rows, offs=ends)
+    return _grouped_mm_backward(grad, rows, weights, ends)[1]
+
+
 _grouped_mm.register_autograd(_backward, setup_context=_save)
 
 GROUPED_MM = torch.ops.bloomery.grouped_mm.default

@@ -3,6 +3,7 @@
 Letters: B batch, S seq, D dim, H hidden width of an expert, E experts, K experts of a token, R = B S K rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,12 @@ class GroupedExperts(nn.Module):
     the outputs for the gates' gradient. Under expert parallelism the weights are those of the experts here.
     """
 
+    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """`grouped_mm`, or one like it in low precision."""
+
     def __init__(self, dim: int, hidden_dim: int, n_experts: int) -> None:
         super().__init__()
+        self.product = grouped_mm
         self.w1 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
@@ -46,13 +51,12 @@ class GroupedExperts(nn.Module):
         """
         return self.multiply(rows, *(_to_local(weight) for weight in (self.w1, self.w2, self.w3)))
 
-    @staticmethod
-    def multiply(rows: Rows, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+    def multiply(self, rows: Rows, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
         """Return the same from weights that are at hand. w1, w3: (E, H, D); w2: (E, D, H)"""
-        gate = grouped_mm(rows.tokens, w1, rows.ends)  # (R, H)
-        up = grouped_mm(rows.tokens, w3, rows.ends)  # (R, H)
+        gate = self.product(rows.tokens, w1, rows.ends)  # (R, H)
+        up = self.product(rows.tokens, w3, rows.ends)  # (R, H)
         hidden = F.silu(gate.float()) * up.float() * rows.gates.unsqueeze(-1)
-        return grouped_mm(hidden.type_as(up), w2, rows.ends)  # (R, D)
+        return self.product(hidden.type_as(up), w2, rows.ends)  # (R, D)
 
     def extra_repr(self) -> str:
         n_experts, hidden_dim, dim = self.w1.shape

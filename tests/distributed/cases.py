@@ -26,7 +26,14 @@ from trainer.components.passes import build_passes
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from trainer.config.schema_quantize import Float8LinearConfig, QuantizeConfig, QuantizeLinearConfig
+from trainer.config.schema_quantize import (
+    FLOAT8_EXPERTS_CONVERTER,
+    Float8GroupedMMConfig,
+    Float8LinearConfig,
+    QuantizeConfig,
+    QuantizeGroupedMMConfig,
+    QuantizeLinearConfig,
+)
 from trainer.config.schema_training import ModelConfig, OptimizerConfig, TrainingConfig
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
@@ -78,6 +85,8 @@ class Case:
     compile: dict[str, Any] = field(default_factory=dict)
     float8: dict[str, Any] | None = None
     """Settings of `quantize.linear.float8`, which is off without."""
+    float8_experts: dict[str, Any] | None = None
+    """The same of `quantize.grouped_mm.float8`."""
     microbatches: int = 1
     tied: bool = False
     documents: bool = False
@@ -109,10 +118,12 @@ class Case:
             "local_batch_size": GLOBAL_BATCH // ranks_of_data // self.microbatches,
         }
         float8 = QuantizeLinearConfig(float8=Float8LinearConfig(**(self.float8 or {})))
+        experts = QuantizeGroupedMMConfig(float8=Float8GroupedMMConfig(**(self.float8_experts or {})))
         converters = [] if self.float8 is None else ["float8"]
+        converters += [] if self.float8_experts is None else [FLOAT8_EXPERTS_CONVERTER]
         return JobConfig(
             model=ModelConfig(attn_mask_type=self.args.attn_mask_type, converters=converters),
-            quantize=QuantizeConfig(linear=float8),
+            quantize=QuantizeConfig(linear=float8, grouped_mm=experts),
             parallelism=parallelism,
             training=TrainingConfig(**{**training, **self.training}),
             activation_checkpoint=ActivationCheckpointConfig(**{"mode": "none", **self.activation_checkpoint}),

@@ -125,12 +125,14 @@ def test_tensor_parallel_rowwise_and_with_fewer_heads_than_ranks() -> None:
             assert (gradient - exact).norm() <= TOLERANCES[name][1] * exact.norm(), parameter
 
 
-def test_model_with_experts_has_its_other_layers_in_float8() -> None:
+def test_model_with_experts_has_them_or_its_other_layers_in_float8() -> None:
     """Its latent attention has matrices that tensor parallelism does not cut."""
     delayed = {**DELAYED, "enable_fsdp_float8_all_gather": True}
     parallelism = {**TP, "expert_parallel_degree": 2}
+    experts = {"float8_experts": {"fqns": ["experts"], "emulate": True}, "compile": EAGER_COMPILE}
     results = run_all(
-        *(case(name, 4, float8, parallelism, EXPERTS) for name, float8 in (("a", PRECOMPUTE), ("b", delayed)))
+        *(case(name, 4, float8, parallelism, EXPERTS) for name, float8 in (("a", PRECOMPUTE), ("b", delayed))),
+        Case("experts", 4, parallelism, training=BF16, base=EXPERTS, activation_checkpoint=AC, **experts),
     )
     expected = reference(EXPERTS)
     for outcome in (outcome for result in results for outcome in result.values()):

@@ -6,6 +6,12 @@ from typing import Literal
 FLOAT8_CONVERTERS = frozenset({"quantize.linear.float8", "float8"})
 """Names of one conversion in `model.converters`."""
 
+FLOAT8_EXPERTS_CONVERTER = "quantize.grouped_mm.float8"
+"""Name of the conversion of experts."""
+
+SPEED_FILTER = "auto_filter_by_speed"
+"""In `filter_fqns`: leave out what measured times say is not faster."""
+
 FLOAT8_ALIGNMENT = 16
 """What a GPU's float8 products want dims to be multiples of: both of the second factor, and the one that is summed over."""
 
@@ -41,7 +47,9 @@ class Float8LinearConfig:
     write_scales_file: str | None = None
     """Write to this file, at the end of the run, the scales that would just have held all that was seen in it, layer by layer."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers, by part of their name, that stay in high precision. auto_filter_small_kn stands for those that are too small to become faster. The output matrix always stays."""
+    """Layers, by part of their name, that stay in high precision. auto_filter_small_kn stands for those that are too small to become faster, auto_filter_by_speed for those that measured times (speed_table) say are not faster. The output matrix always stays."""
+    speed_table: str | None = None
+    """auto_filter_by_speed: CSV with measured times by tokens, features in and features out, as scripts/float8_matmul.py makes it. If unset, that for this GPU in trainer/low_precision/speed_tables."""
     enable_fsdp_float8_all_gather: bool = False
     """FSDP: cast weights before they are gathered, which halves the traffic. tensorwise only."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
@@ -82,10 +90,12 @@ class QuantizeLinearConfig:
 
 @dataclass(frozen=True)
 class Float8GroupedMMConfig:
-    """Experts in float8."""
+    """Experts in float8, by rows, with gradients of weights in high precision: `model.converters = ["quantize.grouped_mm.float8"]`."""
 
     fqns: list[str] = field(default_factory=list)
-    """Modules, by part of their name, whose experts are converted."""
+    """Experts, by part of their name, that are converted: ["experts"] for all."""
+    emulate: bool = False
+    """Round as float8 does, but multiply in float32, on any device: to try it, slowly."""
 
 
 @dataclass(frozen=True)

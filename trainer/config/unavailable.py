@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from trainer.config.errors import Problem
 from trainer.config.fields import get_leaves, get_value, show
 from trainer.config.schema import JobConfig
-from trainer.config.schema_quantize import FLOAT8_CONVERTERS
+from trainer.config.schema_quantize import FLOAT8_CONVERTERS, FLOAT8_EXPERTS_CONVERTER
 
 
 class Refusal(NamedTuple):
@@ -27,14 +27,9 @@ _USE_CUSTOM_IMPORT = (
 REFUSED: tuple[Refusal, ...] = (
     Refusal(
         "model.converters",
-        lambda names: bool(set(names) - FLOAT8_CONVERTERS),
-        "quantize.linear.float8 (or float8, for short) is the only conversion there is: experts and MX formats are not "
-        "available. Name it alone, or use [] to train in bfloat16.",
-    ),
-    Refusal(
-        "quantize.grouped_mm.float8.fqns",
-        bool,
-        "experts in float8 are not available yet: they stay in bfloat16. Use [].",
+        lambda names: bool(set(names) - FLOAT8_CONVERTERS - {FLOAT8_EXPERTS_CONVERTER}),
+        "there are quantize.linear.float8 (or float8, for short) and quantize.grouped_mm.float8, for experts; MX formats are not "
+        "available. Name one or both of these, or use [] to train in bfloat16.",
     ),
     Refusal("fault_tolerance.enable", bool, "TorchFT is not supported. Use checkpoint.enable, and restart."),
     Refusal(

@@ -5,7 +5,13 @@ from collections.abc import Callable, Iterator
 from trainer.config.errors import Problem
 from trainer.config.fields import get_leaves, get_value, show
 from trainer.config.schema import JobConfig
-from trainer.config.schema_quantize import FLOAT8_ALIGNMENT, FLOAT8_CONVERTERS, Float8LinearConfig
+from trainer.config.schema_quantize import (
+    FLOAT8_ALIGNMENT,
+    FLOAT8_CONVERTERS,
+    FLOAT8_EXPERTS_CONVERTER,
+    SPEED_FILTER,
+    Float8LinearConfig,
+)
 from trainer.config.validate_parallel import CP, PP, SHARD, TP, get_degree
 
 CONVERTERS = "model.converters"
@@ -94,6 +100,11 @@ def _check_tokens(config: JobConfig) -> Iterator[Problem]:
 
 def _warn_without_converter(config: JobConfig) -> Iterator[Problem]:
     """Settings of float8 that is off."""
+    for name in ("fqns", "emulate"):
+        key = f"{FLOAT8_EXPERTS_CONVERTER}.{name}"
+        if get_value(config, key) and FLOAT8_EXPERTS_CONVERTER not in config.model.converters:
+            message = f"{key} = {show(get_value(config, key))} has no effect: {CONVERTERS} does not name {FLOAT8_EXPERTS_CONVERTER}."
+            yield Problem(message, (key, CONVERTERS))
     if uses_float8(config):
         return
     for key, leaf in get_leaves().items():
@@ -118,7 +129,7 @@ def _warn_all_gather(config: JobConfig) -> Iterator[Problem]:
 
 
 def _warn_unused_scales(config: JobConfig) -> Iterator[Problem]:
-    """Settings of a scaling that no tensor has."""
+    """Settings of a scaling that no tensor has, and a table that nothing reads."""
     section = config.quantize.linear.float8
     if not uses_float8(config):
         return
@@ -132,6 +143,12 @@ def _warn_unused_scales(config: JobConfig) -> Iterator[Problem]:
         "delayed_warmup_steps": has_delayed,
         "margin": has_delayed or section.write_scales_file is not None,
     }
+    if section.speed_table is not None and SPEED_FILTER not in section.filter_fqns:
+        key = f"{SECTION}.speed_table"
+        message = (
+            f"{key} = {show(section.speed_table)} has no effect: {SECTION}.filter_fqns does not have {SPEED_FILTER!r}."
+        )
+        yield Problem(message, (key, f"{SECTION}.filter_fqns"))
     for name, is_used in used.items():
         key = f"{SECTION}.{name}"
         value = get_value(config, key)

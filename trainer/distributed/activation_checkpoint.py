@@ -37,6 +37,7 @@ _MATMULS: dict[Any, Callable[[torch.Size], tuple[int, ...]]] = {
     torch.ops.aten.mm.default: tuple,
     torch.ops.aten._scaled_mm.default: tuple,
     torch.ops.aten._grouped_mm.default: tuple,
+    torch.ops.aten._scaled_grouped_mm.default: tuple,
     GROUPED_MM: lambda shape: _transpose(shape),
 }
 

@@ -17,6 +17,7 @@ def register_flop_formulas() -> None:
     """Make the formulas known to torch, once a process."""
     for operation, formula in (
         (torch.ops.aten._grouped_mm.default, _count_grouped_mm),
+        (torch.ops.aten._scaled_grouped_mm.default, _count_grouped_mm),
         (GROUPED_MM, _count_transposed_grouped_mm),
         (GROUPED_MM_BACKWARD, _count_grouped_mm_backward),
         (SHARDED_ATTENTION, _count_sharded_attention),

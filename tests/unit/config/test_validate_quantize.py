@@ -22,10 +22,19 @@ def test_either_name_and_every_recipe_is_accepted(name, recipe):
     assert find({"model.converters": name, f"{FLOAT8}.recipe_name": recipe}) == ([], [])
 
 
-@pytest.mark.parametrize("name", ["quantize.linear.mx", "fp8", "quantize.grouped_mm.float8,float8"])
+@pytest.mark.parametrize("name", ["quantize.linear.mx", "fp8", "quantize.grouped_mm.mx,float8"])
 def test_other_conversion_is_refused(name):
     (problem,), _ = find({"model.converters": name})
-    assert "quantize.linear.float8 (or float8, for short) is the only conversion" in problem
+    assert "there are quantize.linear.float8 (or float8, for short) and quantize.grouped_mm.float8" in problem
+
+
+def test_experts_are_converted_by_a_name_of_their_own():
+    experts = {"quantize.grouped_mm.float8.fqns": "experts", "quantize.grouped_mm.float8.emulate": True}
+    assert find({"model.converters": "quantize.grouped_mm.float8"} | experts) == ([], [])
+    problems, warnings = find(ON | experts)
+    assert not problems
+    assert len(warnings) == 2
+    assert all("does not name quantize.grouped_mm.float8" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,6 @@ def test_other_conversion_is_refused(name):
             {f"{FLOAT8}.scaling_type_weight": "static"},
             "no scale is given. Set quantize.linear.float8.static_scale_weight",
         ),
-        ({"quantize.grouped_mm.float8.fqns": "experts"}, "experts in float8 are not available yet"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, expected):

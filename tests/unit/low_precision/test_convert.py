@@ -14,7 +14,6 @@ from models.registry import get_model_spec
 from trainer.config.schema_quantize import Float8LinearConfig, QuantizeConfig, QuantizeLinearConfig
 from trainer.distributed import tensor_parallel
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.low_precision import convert
 from trainer.low_precision.convert import apply_float8, apply_low_precision, check_even_shards
 from trainer.low_precision.float8_linear import Float8Linear
 
@@ -127,4 +126,3 @@ def test_matching_is_by_part_of_the_name_and_reason_is_one(caplog):
     conversion = apply_float8(model, section=Float8LinearConfig(), tp={})
     assert conversion.converted == ["b"]
     assert "a class of its own, Own" in conversion.kept["a"]
-    assert convert.AUTO_FILTER == "auto_filter_small_kn", "torchtitan's name"

@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from scripts import float8_matmul, float8_roofline
+from trainer.low_precision.speed_table import read_speed_table
 
 
 def read(path):
@@ -47,6 +48,7 @@ def test_measured_speeds_stand_beside_estimates(tmp_path, capsys):
     rows = read(out.with_suffix(".csv"))
     assert [(row["M"], row["recipe"]) for row in rows] == [(m, name) for m in ("32", "16") for name in recipes]
     assert all(float(row["layer_seconds"]) > 0 for row in rows)
+    assert read_speed_table(out.with_suffix(".csv"), "delayed").look_up(32, 64, 48) == float(rows[1]["layer_speedup"])
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     table = tmp_path / "table.csv"
@@ -58,3 +60,24 @@ def test_measured_speeds_stand_beside_estimates(tmp_path, capsys):
     assert {row["measured_speedup"] for row in read(table)} == {
         row["layer_speedup"] for row in rows if row["recipe"] == "tensorwise"
     }
+
+
+def test_other_processes_compile_all_shapes_beforehand(tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        def __init__(self, command):
+            commands.append(command[1:])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(float8_matmul.subprocess, "Popen", Process)
+    argv = ["--shapes", "16,16,16", "16,16,32", "16,32,16", "--recipes", "static", "--backend", "eager"]
+    argv += ["--repeats", "1", "--out", str(tmp_path / "speeds")]
+    assert float8_matmul.main([*argv, "--workers", "2"]) == 0
+    shapes = [command[command.index("--compile-only") + 2 :] for command in commands]
+    assert shapes == [["16,16,16", "16,32,16"], ["16,16,32"]]
+    (tmp_path / "speeds.csv").unlink()
+    assert float8_matmul.main(commands[0][1:]) == 0
+    assert not (tmp_path / "speeds.csv").exists()
