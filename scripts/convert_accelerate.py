@@ -54,6 +54,7 @@ def convert_te(fp8: Mapping[str, Any], to: Conversion, *, keeps_te: bool) -> Non
     )
     if keeps_te:
         to.set_float8(backend="te")
+        to.settings["activation_checkpoint.mode"] = "none"
     else:
         to.settings["compile.enable"] = True  # without, float8 is slower than bfloat16
     if str(fp8.get("fp8_format", "HYBRID")).upper() != "HYBRID":

@@ -20,6 +20,8 @@ FLOAT8_ALIGNMENT = 16
 class Float8LinearConfig:
     """Linear layers in float8, with `model.converters = ["quantize.linear.float8"]`."""
 
+    backend: Literal["native", "te"] = "native"
+    """Whose layers multiply: native, this program's; te, those of NVIDIA's TransformerEngine, by tensorwise (there: current scaling) or delayed scaling, without compilation, recomputation, tensor or pipeline parallelism."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "static"] | None = None
     """How tensors are scaled. tensorwise (also if unset): one scale for each, by what it holds now; rowwise: one for each row; rowwise_with_gw_hp: so too, with gradients of weights in high precision, the most accurate; delayed: one for each tensor, by what it held in past steps; static: one for each tensor, given beforehand."""
     scaling_type_input: Literal["dynamic", "delayed", "static"] | None = None

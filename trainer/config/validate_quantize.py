@@ -47,6 +47,36 @@ def _check_all_gather(config: JobConfig) -> Iterator[Problem]:
         yield Problem(message, (_ALL_GATHER, "training.enable_cpu_offload"))
 
 
+# What TransformerEngine's layers and recipes have, too.
+_TE_KEYS = {"backend", "recipe_name", "amax_history_len", "amax_compute_algo", "margin", "filter_fqns", "speed_table"}
+
+
+def _check_te(config: JobConfig) -> Iterator[Problem]:
+    """What TransformerEngine's layers cannot be combined with here."""
+    backend, section = f"{SECTION}.backend", config.quantize.linear.float8
+    if not uses_float8(config) or section.backend != "te":
+        return
+    if section.recipe_name not in (None, "tensorwise", "delayed"):
+        message = f"{backend} = te: has no {_RECIPE} = {section.recipe_name} here. Use tensorwise or delayed, or {backend} = native."
+        yield Problem(message, (backend, _RECIPE))
+    for key, leaf in get_leaves().items():
+        name = key.rpartition(".")[2]
+        if key == f"{SECTION}.{name}" and name not in _TE_KEYS and get_value(config, key) != leaf.default:
+            message = f"{key} = {show(get_value(config, key))}: is for {backend} = native. Leave it out, or use native."
+            yield Problem(message, (key, backend))
+    # With its own layers compilation would break, and recomputation would leave its recipe.
+    allowed: tuple[tuple[str, bool, str], ...] = (
+        (TP, get_degree(config, TP) == 1, "1"),
+        (PP, get_degree(config, PP) == 1, "1"),
+        ("compile.enable", not (config.compile.enable and "model" in config.compile.components), "false"),
+        ("activation_checkpoint.mode", config.activation_checkpoint.mode == "none", "none"),
+    )
+    for key, is_allowed, value in allowed:
+        if not is_allowed:
+            message = f"{key} = {show(get_value(config, key))}: does not go with {backend} = te. Use {value}, or {backend} = native."
+            yield Problem(message, (key, backend))
+
+
 def get_scalings(section: Float8LinearConfig) -> dict[str, str]:
     """Return how each kind of tensor is scaled."""
     default = section.recipe_name if section.recipe_name in ("delayed", "static") else "dynamic"
@@ -158,6 +188,6 @@ def _warn_unused_scales(config: JobConfig) -> Iterator[Problem]:
 
 Rule = Callable[[JobConfig], Iterator[Problem]]
 
-QUANTIZE_RULES: tuple[Rule, ...] = (_check_all_gather, _check_scalings, _check_tokens)
+QUANTIZE_RULES: tuple[Rule, ...] = (_check_all_gather, _check_scalings, _check_tokens, _check_te)
 
 QUANTIZE_WARNING_RULES: tuple[Rule, ...] = (_warn_without_converter, _warn_all_gather, _warn_unused_scales)

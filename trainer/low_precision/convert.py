@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch._inductor.config
+import torch.distributed as dist
 import torch.nn as nn
 
 from models.plan import ParallelPlan
@@ -21,6 +22,7 @@ from trainer.low_precision.float8_experts import apply_float8_experts, check_exp
 from trainer.low_precision.float8_linear import Float8Linear, become_float8
 from trainer.low_precision.layer_choice import SECTION, Conversion, get_styles, plan_float8
 from trainer.low_precision.recipe import build_recipe
+from trainer.low_precision.transformer_engine import apply_transformer_engine, import_transformer_engine
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ def apply_low_precision(
             logger.info("float8, rowwise: %s", line)
     if not converts_linears:
         return
-    conversion = apply_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp, tokens=tokens)
+    group = dims.stage_group() if section.backend == "te" else None
+    conversion = apply_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp, tokens=tokens, group=group)
     if section.enable_fsdp_float8_all_gather:
         check_even_shards(conversion.parts, dims.fsdp)
     for line in conversion.describe():
@@ -93,21 +96,28 @@ def count_tokens(training: TrainingConfig, parallelism: ParallelismConfig) -> in
 
 
 def apply_float8(
-    model: nn.Module, *, section: Float8LinearConfig, tp: Mapping[str, str], tp_degree: int = 1, tokens: int = 0
+    model: nn.Module,
+    *,
+    section: Float8LinearConfig,
+    tp: Mapping[str, str],
+    tp_degree: int = 1,
+    tokens: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> Conversion:
     """Have the linear layers of `model` that `plan_float8` names compute in float8, in place. Before anything else is applied to it.
 
-    Names, shapes and dtypes of parameters stay, so that checkpoints fit with and without.
+    Names, shapes and dtypes of parameters stay, so that checkpoints fit with and without. group: see
+    `apply_transformer_engine`.
 
     Raises:
         ValueError: see `plan_float8` and `check_device`.
     """
     check_device(section)
-    conversion, recipe = (
-        plan_float8(model, section=section, tp=tp, tp_degree=tp_degree, tokens=tokens),
-        build_recipe(section),
-    )
-    modules = dict(model.named_modules())
+    conversion = plan_float8(model, section=section, tp=tp, tp_degree=tp_degree, tokens=tokens)
+    if section.backend == "te":
+        apply_transformer_engine(model, conversion.converted, section=section, group=group)
+        return conversion
+    recipe, modules = build_recipe(section), dict(model.named_modules())
     styles = get_styles(modules, tp)
     for name in conversion.converted:
         module, parent_name = modules[name], name.rpartition(".")[0]
@@ -145,7 +155,11 @@ def check_device(section: Float8LinearConfig) -> None:
     if section.emulate:
         return
     recipe = build_recipe(section)
+    if section.backend == "te":
+        import_transformer_engine()
     if not torch.cuda.is_available():
+        if section.backend == "te":
+            raise ValueError(f"{SECTION}.backend = 'te' needs a GPU, and this process has none. Use 'native'")
         if recipe.is_rowwise and torch.__version__ < "2.13":
             raise ValueError(
                 f"{SECTION}.recipe_name = {section.recipe_name!r}: torch {torch.__version__} has no such product on the CPU, "

@@ -92,6 +92,8 @@ def build_float8_training(
         return Float8Training()
     logger.info("MFU compares with the peak of bfloat16, also in float8")
     section = quantize.linear.float8
+    if section.backend == "te":
+        return Float8Training()  # its layers do all that themselves
     layers, recipe = _get_layers(model), build_recipe(section)
     gather = history = measurement = write_scales = None
     group = None
@@ -145,9 +147,13 @@ def convert_to_float8_training(
     multiple of 16. What FSDP needs for `enable_fsdp_float8_all_gather` is `weight_gather.apply_weight_gather`.
 
     Raises:
-        ValueError: nothing to convert, or static scales that are not given.
+        ValueError: nothing to convert, another back end than native, or static scales that are not given.
     """
     config = config or Float8LinearConfig()
+    if config.backend != "native":
+        raise ValueError(
+            f"quantize.linear.float8.backend = {config.backend!r}: only native layers go into a loop of one's own"
+        )
     recipe = build_recipe(config)
 
     def is_aligned(module: nn.Module, name: str) -> bool:

@@ -62,6 +62,16 @@ def test_what_does_not_go_together_is_refused(settings, expected):
     assert expected in problem
 
 
+def test_transformer_engine_does_little_else():
+    te = ON | {f"{FLOAT8}.backend": "te", "activation_checkpoint.mode": "none"}
+    assert find(te) == find(te | {f"{FLOAT8}.recipe_name": "delayed", f"{FLOAT8}.margin": 1}) == ([], [])
+    wrong = {"compile.enable": True, "activation_checkpoint.mode": "full", "parallelism.tensor_parallel_degree": 2}
+    wrong |= {f"{FLOAT8}.recipe_name": "rowwise", f"{FLOAT8}.measure_freq": 5, f"{FLOAT8}.emulate": True}
+    problems, _ = find(te | wrong)
+    assert len(problems) == len(wrong)
+    assert all(f"{FLOAT8}.backend" in problem and "native" in problem for problem in problems)
+
+
 @pytest.mark.parametrize("way_out", [{f"{FLOAT8}.pad_inner_dim": True}, {f"{FLOAT8}.emulate": True}])
 def test_odd_number_of_tokens_has_a_way_out(way_out):
     assert find(ON | {"training.seq_len": 1023, "training.local_batch_size": 1} | way_out) == ([], [])

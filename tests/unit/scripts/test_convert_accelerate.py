@@ -75,6 +75,12 @@ def test_transformer_engine_becomes_delayed_scaling(tmp_path, capsys):
     assert line.startswith("without counterpart: fp8_config.use_autocast_during_eval = False")
 
 
+def test_transformer_engine_can_be_kept(tmp_path):
+    settings = run(tmp_path, TE, "--keep-te")
+    assert settings[f"{SECTION}.backend"] == "te"
+    assert "compile.enable" not in settings
+
+
 def test_torchao_becomes_tensorwise_with_its_fsdp_and_compiler(tmp_path, capsys):
     settings = run(tmp_path, AO)
     assert settings[f"{SECTION}.recipe_name"] == "tensorwise"
