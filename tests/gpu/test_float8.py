@@ -13,6 +13,7 @@ from tests.distributed.cases import Case, Outcome, run_case
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_float8 import AC, SHALLOW, TP, assert_near, case
 from trainer.config.schema_quantize import Float8LinearConfig
+from trainer.low_precision.float8_experts import emulate_groups, multiply_groups
 from trainer.low_precision.float8_linear import become_float8
 from trainer.low_precision.fused_cast import cast_both_ways, cast_both_ways_plainly
 from trainer.low_precision.recipe import E4M3, E5M2, build_recipe
@@ -163,6 +164,28 @@ def test_recipes_give_the_bits_of_torchao(linear: nn.Linear) -> None:
         y.backward((torch.randn(512, 768, generator=generator, device="cuda") * 1e-5).bfloat16())
         for mine, expected in zip(run(linear, name), (y, x.grad, theirs.weight.grad), strict=True):
             assert torch.equal(mine, expected), name
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_experts_equal_emulated_ones(compiles: bool) -> None:
+    """Groups of any size, an empty one among them, and rows that are nobody's."""
+    torch._dynamo.reset()
+    ends = torch.tensor([5, 5, 132, 700], dtype=torch.int32, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    rows, weights, grad = (
+        torch.randn(shape, generator=generator, device="cuda").bfloat16()
+        for shape in ((720, 256), (4, 384, 256), (720, 384))
+    )
+    rows[700:], grad[700:] = float("nan"), float("nan")
+    results = []
+    for product in (emulate_groups, torch.compile(multiply_groups, fullgraph=True) if compiles else multiply_groups):
+        x, w = rows.clone().requires_grad_(), weights.clone().requires_grad_()
+        poison()
+        y = product(x, w, ends)
+        y.backward(grad)
+        results.append([y.detach()[:700], x.grad[:700], w.grad])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) < 5e-3
 
 
 @pytest.mark.parametrize("pads", [False, True])

@@ -101,6 +101,8 @@ RANGES: dict[str, Range] = {
     "checkpoint.load_step": Range(low=0, special=-1, meaning="the newest"),
     "activation_checkpoint.memory_budget": _SHARE,
     "quantize.linear.float8.amax_history_len": _COUNT,
+    "quantize.linear.float8.keep_first_blocks": _COUNT_OR_NONE,
+    "quantize.linear.float8.keep_last_blocks": _COUNT_OR_NONE,
     "quantize.linear.float8.measure_freq": _COUNT_OR_NONE,
     "quantize.linear.float8.margin": Range(low=0, high=15),
     "quantize.linear.float8.delayed_warmup_steps": _COUNT,

@@ -50,6 +50,10 @@ class Float8LinearConfig:
     """Write to this file, at the end of the run, the scales that would just have held all that was seen in it, layer by layer."""
     filter_fqns: list[str] = field(default_factory=list)
     """Layers, by part of their name, that stay in high precision. auto_filter_small_kn stands for those that are too small to become faster, auto_filter_by_speed for those that measured times (speed_table) say are not faster. The output matrix always stays."""
+    keep_first_blocks: int = 0
+    """Blocks at the beginning of the model whose layers stay in high precision."""
+    keep_last_blocks: int = 0
+    """The same, at the end."""
     speed_table: str | None = None
     """auto_filter_by_speed: CSV with measured times by tokens, features in and features out, as scripts/float8_matmul.py makes it. If unset, that for this GPU in trainer/low_precision/speed_tables."""
     enable_fsdp_float8_all_gather: bool = False

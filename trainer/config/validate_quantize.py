@@ -49,6 +49,7 @@ def _check_all_gather(config: JobConfig) -> Iterator[Problem]:
 
 # What TransformerEngine's layers and recipes have, too.
 _TE_KEYS = {"backend", "recipe_name", "amax_history_len", "amax_compute_algo", "margin", "filter_fqns", "speed_table"}
+_TE_KEYS |= {"keep_first_blocks", "keep_last_blocks"}
 
 
 def _check_te(config: JobConfig) -> Iterator[Problem]:
@@ -143,6 +144,19 @@ def _warn_without_converter(config: JobConfig) -> Iterator[Problem]:
             yield Problem(message, (key, CONVERTERS))
 
 
+def _warn_without_compilation(config: JobConfig) -> Iterator[Problem]:
+    """Float8 to no end."""
+    section = config.quantize.linear.float8
+    if not uses_float8(config) or section.emulate or section.backend == "te":
+        return
+    if not config.compile.enable or "model" not in config.compile.components:
+        message = (
+            f"{CONVERTERS} has {SECTION} without compilation of the blocks: every cast is then a few passes over memory, and float8 slower "
+            "than bfloat16. Set compile.enable = true."
+        )
+        yield Problem(message, (CONVERTERS, "compile.enable"))
+
+
 def _warn_all_gather(config: JobConfig) -> Iterator[Problem]:
     """Gathering in float8 where nothing is gathered, and scales for it that nothing uses."""
     section = config.quantize.linear.float8
@@ -190,4 +204,9 @@ Rule = Callable[[JobConfig], Iterator[Problem]]
 
 QUANTIZE_RULES: tuple[Rule, ...] = (_check_all_gather, _check_scalings, _check_tokens, _check_te)
 
-QUANTIZE_WARNING_RULES: tuple[Rule, ...] = (_warn_without_converter, _warn_all_gather, _warn_unused_scales)
+QUANTIZE_WARNING_RULES: tuple[Rule, ...] = (
+    _warn_without_converter,
+    _warn_without_compilation,
+    _warn_all_gather,
+    _warn_unused_scales,
+)

@@ -55,7 +55,7 @@ def apply_low_precision(
     if not converts_linears:
         return
     group = dims.stage_group() if section.backend == "te" else None
-    conversion = apply_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp, tokens=tokens, group=group)
+    conversion = apply_float8(model, section=section, plan=plan, tp_degree=dims.tp, tokens=tokens, group=group)
     if section.enable_fsdp_float8_all_gather:
         check_even_shards(conversion.parts, dims.fsdp)
     for line in conversion.describe():
@@ -83,7 +83,7 @@ def check_low_precision(
         return
     section = quantize.linear.float8
     check_device(section)
-    parts = plan_float8(model, section=section, tp=plan.tp, tp_degree=dims.tp, tokens=tokens).parts
+    parts = plan_float8(model, section=section, plan=plan, tp_degree=dims.tp, tokens=tokens).parts
     if section.enable_fsdp_float8_all_gather:
         check_even_shards(parts, dims.fsdp)
 
@@ -99,7 +99,7 @@ def apply_float8(
     model: nn.Module,
     *,
     section: Float8LinearConfig,
-    tp: Mapping[str, str],
+    plan: ParallelPlan,
     tp_degree: int = 1,
     tokens: int = 0,
     group: dist.ProcessGroup | None = None,
@@ -113,12 +113,12 @@ def apply_float8(
         ValueError: see `plan_float8` and `check_device`.
     """
     check_device(section)
-    conversion = plan_float8(model, section=section, tp=tp, tp_degree=tp_degree, tokens=tokens)
+    conversion = plan_float8(model, section=section, plan=plan, tp_degree=tp_degree, tokens=tokens)
     if section.backend == "te":
         apply_transformer_engine(model, conversion.converted, section=section, group=group)
         return conversion
     recipe, modules = build_recipe(section), dict(model.named_modules())
-    styles = get_styles(modules, tp)
+    styles = get_styles(modules, plan.tp)
     for name in conversion.converted:
         module, parent_name = modules[name], name.rpartition(".")[0]
         assert isinstance(module, nn.Linear)

@@ -10,7 +10,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from trainer.config.schema_quantize import FLOAT8_ALIGNMENT, FLOAT8_CONVERTERS, Float8LinearConfig, QuantizeConfig
+from trainer.config.schema_quantize import (
+    FLOAT8_ALIGNMENT,
+    FLOAT8_CONVERTERS,
+    FLOAT8_EXPERTS_CONVERTER,
+    Float8LinearConfig,
+    QuantizeConfig,
+)
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.low_precision.float8_linear import Float8Linear, become_float8
 from trainer.low_precision.measurement import Measurement
@@ -88,9 +94,10 @@ def build_float8_training(
     Raises:
         ValueError: static scales that are not given.
     """
+    if not FLOAT8_CONVERTERS.union([FLOAT8_EXPERTS_CONVERTER]).isdisjoint(converters):
+        logger.info("MFU compares with the peak of bfloat16, also in float8")
     if FLOAT8_CONVERTERS.isdisjoint(converters):
         return Float8Training()
-    logger.info("MFU compares with the peak of bfloat16, also in float8")
     section = quantize.linear.float8
     if section.backend == "te":
         return Float8Training()  # its layers do all that themselves

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from models.common.output import Output
 from models.common.router import Router
-from models.plan import match_modules
+from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_quantize import FLOAT8_ALIGNMENT, SPEED_FILTER, Float8LinearConfig
 from trainer.low_precision.recipe import build_recipe
 from trainer.low_precision.speed_table import find_speed_table, read_speed_table
@@ -52,13 +52,13 @@ class Conversion:
 
 
 def plan_float8(
-    model: nn.Module, *, section: Float8LinearConfig, tp: Mapping[str, str], tp_degree: int = 1, tokens: int = 0
+    model: nn.Module, *, section: Float8LinearConfig, plan: ParallelPlan, tp_degree: int = 1, tokens: int = 0
 ) -> Conversion:
     """Return what is to become of each linear layer of `model`.
 
-    The output matrix and routers of experts stay in high precision; so do layers that `section.filter_fqns` names, and those with
-    a dim, in or out, on each of `tp_degree` ranks, that is no multiple of 16. tp: the plan's style of modules, by glob. tokens: of
-    one forward pass of a layer, for measured speeds.
+    The output matrix and routers of experts stay in high precision; so do layers that `section.filter_fqns` names, those of the
+    first and last blocks that it keeps, and those with a dim, in or out, on each of `tp_degree` ranks, that is no multiple of 16.
+    tokens: of one forward pass of a layer, for measured speeds.
 
     Raises:
         ValueError: a pattern that is part of no name, no table of speeds where one is needed, or nothing left to convert.
@@ -66,7 +66,7 @@ def plan_float8(
     find_slow = _build_slow_reason(section, tokens)
     modules = dict(model.named_modules())
     _check_patterns(section.filter_fqns, modules)
-    styles = get_styles(modules, tp)
+    styles, kept_blocks = get_styles(modules, plan.tp), _find_kept_blocks(section, plan, modules)
     conversion = Conversion()
     for name, module in modules.items():
         if isinstance(module, Output):
@@ -75,7 +75,8 @@ def plan_float8(
         elif isinstance(module, nn.Linear):
             conversion.shapes[name] = (module.in_features, module.out_features)
             part = _get_part(module, styles.get(name, ""), tp_degree)
-            reason = _find_reason(name, module, part, modules[name.rpartition(".")[0]], section, find_slow)
+            reason = next((why for block, why in kept_blocks.items() if name.startswith(f"{block}.")), None)
+            reason = reason or _find_reason(name, module, part, modules[name.rpartition(".")[0]], section, find_slow)
             if reason is None:
                 conversion.parts[name] = part
             else:
@@ -91,6 +92,18 @@ def plan_float8(
 def get_styles(modules: Mapping[str, nn.Module], tp: Mapping[str, str]) -> dict[str, str]:
     """Return the plan's style of each module that has one, by name."""
     return {name: style for glob, style in tp.items() for name in match_modules(glob, modules)}
+
+
+def _find_kept_blocks(
+    section: Float8LinearConfig, plan: ParallelPlan, modules: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    """Return the blocks at either end that stay in high precision, and the reason."""
+    first, last = section.keep_first_blocks, section.keep_last_blocks
+    if first == last == 0:
+        return {}
+    blocks = match_modules(plan.blocks, modules)
+    kept = dict.fromkeys(blocks[len(blocks) - last :] if last else [], f"keep_last_blocks = {last}")
+    return kept | dict.fromkeys(blocks[:first], f"keep_first_blocks = {first}")
 
 
 def _find_reason(

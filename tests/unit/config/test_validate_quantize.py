@@ -6,7 +6,7 @@ from trainer.config.manager import load_config
 from trainer.config.validate import find_problems
 
 FLOAT8 = "quantize.linear.float8"
-ON = {"model.converters": FLOAT8}
+ON = {"model.converters": FLOAT8, "compile.enable": True}
 
 
 def find(settings):
@@ -19,7 +19,7 @@ def find(settings):
 @pytest.mark.parametrize("name", [FLOAT8, "float8", f"{FLOAT8},float8"])
 @pytest.mark.parametrize("recipe", ["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_either_name_and_every_recipe_is_accepted(name, recipe):
-    assert find({"model.converters": name, f"{FLOAT8}.recipe_name": recipe}) == ([], [])
+    assert find(ON | {"model.converters": name, f"{FLOAT8}.recipe_name": recipe}) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["quantize.linear.mx", "fp8", "quantize.grouped_mm.mx,float8"])
@@ -63,7 +63,7 @@ def test_what_does_not_go_together_is_refused(settings, expected):
 
 
 def test_transformer_engine_does_little_else():
-    te = ON | {f"{FLOAT8}.backend": "te", "activation_checkpoint.mode": "none"}
+    te = ON | {"compile.enable": False, f"{FLOAT8}.backend": "te", "activation_checkpoint.mode": "none"}
     assert find(te) == find(te | {f"{FLOAT8}.recipe_name": "delayed", f"{FLOAT8}.margin": 1}) == ([], [])
     wrong = {"compile.enable": True, "activation_checkpoint.mode": "full", "parallelism.tensor_parallel_degree": 2}
     wrong |= {f"{FLOAT8}.recipe_name": "rowwise", f"{FLOAT8}.measure_freq": 5, f"{FLOAT8}.emulate": True}
@@ -75,6 +75,14 @@ def test_transformer_engine_does_little_else():
 @pytest.mark.parametrize("way_out", [{f"{FLOAT8}.pad_inner_dim": True}, {f"{FLOAT8}.emulate": True}])
 def test_odd_number_of_tokens_has_a_way_out(way_out):
     assert find(ON | {"training.seq_len": 1023, "training.local_batch_size": 1} | way_out) == ([], [])
+
+
+def test_float8_that_is_slower_than_bf16_is_warned_about():
+    _, (warning,) = find({"model.converters": FLOAT8})
+    assert "slower than bfloat16. Set compile.enable = true" in warning
+    _, (warning,) = find(ON | {"compile.components": "loss"})
+    assert "slower" in warning
+    assert find({"model.converters": FLOAT8, f"{FLOAT8}.emulate": True}) == ([], [])
 
 
 def test_settings_without_effect_are_warned_about():

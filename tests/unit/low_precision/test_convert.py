@@ -10,6 +10,7 @@ import torch.nn as nn
 from models.llama3.args import LlamaArgs
 from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
+from models.plan import ParallelPlan
 from models.registry import get_model_spec
 from trainer.config.schema_quantize import Float8LinearConfig, QuantizeConfig, QuantizeLinearConfig
 from trainer.distributed import tensor_parallel
@@ -18,6 +19,8 @@ from trainer.low_precision.convert import apply_float8, apply_low_precision, che
 from trainer.low_precision.float8_linear import Float8Linear
 
 ARGS = LlamaArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=96, max_seq_len=16)
+
+NO_PLAN = ParallelPlan(fsdp_units=(), blocks="")
 
 
 def build(args: LlamaArgs = ARGS) -> nn.Module:
@@ -52,6 +55,17 @@ def test_filter_takes_parts_of_names(caplog):
         names = apply(build(), filter_fqns=["attention.w", "layers.0.", "output"])
     assert names == {f"layers.1.feed_forward.{w}" for w in ("w1", "w2", "w3")}
     assert any("filter_fqns has 'layers.0.'" in line for line in caplog.messages)
+
+
+def test_first_and_last_blocks_stay_where_asked(caplog):
+    model = build(LlamaArgs(dim=64, n_layers=5, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=96))
+    with caplog.at_level(logging.INFO):
+        names = apply(model, keep_first_blocks=1, keep_last_blocks=2)
+    assert {name.split(".")[1] for name in names} == {"1", "2"}
+    reasons = {line.rpartition(": ")[2] for line in caplog.messages if "stays" in line}
+    assert reasons == {"output matrix", "keep_first_blocks = 1", "keep_last_blocks = 2"}
+    with pytest.raises(ValueError, match="no linear layer can be converted"):
+        apply(build(), keep_last_blocks=7)
 
 
 @pytest.mark.parametrize("pattern", ["lm_head", ""])
@@ -96,7 +110,7 @@ def test_routers_stay():
     args = get_model_spec("deepseek_v3").get_args("debugmodel")
     with torch.device("meta"):
         model = get_model_spec("deepseek_v3").load_model_class()(args)
-    names = apply_float8(model, section=Float8LinearConfig(), tp={}).converted
+    names = apply_float8(model, section=Float8LinearConfig(), plan=NO_PLAN).converted
     assert names
     assert not any(name.endswith("router.gate") for name in names)
 
@@ -123,6 +137,6 @@ def test_matching_is_by_part_of_the_name_and_reason_is_one(caplog):
         pass
 
     model = nn.ModuleDict({"a": Own(64, 64), "b": nn.Linear(64, 64)})
-    conversion = apply_float8(model, section=Float8LinearConfig(), tp={})
+    conversion = apply_float8(model, section=Float8LinearConfig(), plan=NO_PLAN)
     assert conversion.converted == ["b"]
     assert "a class of its own, Own" in conversion.kept["a"]

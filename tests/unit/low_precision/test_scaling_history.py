@@ -268,7 +268,7 @@ def test_layers_with_the_same_input_share_its_scale(tp_degree):
     args = LlamaArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=96, max_seq_len=16)
     section = Float8LinearConfig(recipe_name="delayed", emulate=True)
     model = Transformer(args)
-    apply_float8(model, section=section, tp=build_plan(args).tp, tp_degree=tp_degree)
+    apply_float8(model, section=section, plan=build_plan(args), tp_degree=tp_degree)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Float8Linear)}
     set_static_scales(layers, section)
     for block in model.layers.values():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.low_precision.test_convert import NO_PLAN, build
 from trainer.config.schema_quantize import SPEED_FILTER, Float8LinearConfig
 from trainer.low_precision import speed_table
 from trainer.low_precision.layer_choice import plan_float8
@@ -68,14 +69,12 @@ def test_table_is_found_by_the_name_of_the_gpu(tmp_path: Path, monkeypatch: pyte
 
 
 def test_layers_that_gain_nothing_stay(tmp_path: Path) -> None:
-    from tests.unit.low_precision.test_convert import build
-
     path = write(tmp_path / "t.csv", *(f"{m},64,{n},tensorwise,{m * n / 96e3}" for m in (1000, 2000) for n in (64, 96)))
     section = Float8LinearConfig(filter_fqns=[SPEED_FILTER], speed_table=str(path))
-    conversion = plan_float8(build(), section=section, tp={}, tokens=2000)
+    conversion = plan_float8(build(), section=section, plan=NO_PLAN, tokens=2000)
     assert len(conversion.converted) == 14
-    conversion = plan_float8(build(), section=section, tp={}, tokens=1250)
+    conversion = plan_float8(build(), section=section, plan=NO_PLAN, tokens=1250)
     assert conversion.kept["layers.0.attention.wq"].endswith("of bf16's speed with 1250 tokens")
     assert "layers.0.feed_forward.w1" in conversion.converted
     with pytest.raises(ValueError, match=r"feed_forward.w1 .* stays in high precision: x 1\.00 of bf16's speed"):
-        plan_float8(build(), section=section, tp={}, tokens=1000)
+        plan_float8(build(), section=section, plan=NO_PLAN, tokens=1000)

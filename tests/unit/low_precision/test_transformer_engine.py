@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tests.unit.low_precision.test_convert import ARGS, build
+from tests.unit.low_precision.test_convert import ARGS, NO_PLAN, build
 from trainer.config.schema_quantize import Float8LinearConfig, QuantizeConfig, QuantizeLinearConfig
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import init_weights
@@ -73,7 +73,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_layers_are_theirs_and_all_else_stays(engine: str) -> None:
     section = Float8LinearConfig(backend="te", recipe_name="delayed", margin=1, filter_fqns=["layers.0."])
     plain, model = build(), build()
-    conversion = apply_float8(model, section=section, tp={})
+    conversion = apply_float8(model, section=section, plan=NO_PLAN)
     assert len(conversion.converted) == 7
     assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
     for network in (plain, model):
@@ -90,7 +90,7 @@ def test_layers_are_theirs_and_all_else_stays(engine: str) -> None:
 def test_rest_of_the_run_knows_nothing_of_it(engine: str) -> None:
     section = Float8LinearConfig(backend="te")
     model = build()
-    apply_float8(model, section=section, tp={})
+    apply_float8(model, section=section, plan=NO_PLAN)
     init_weights(model, seed=0, device="cpu")
     model(torch.arange(16)[None])
     assert ("current", {"fp8_format": "hybrid"}) in FakeEngine.options.values()
