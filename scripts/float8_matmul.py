@@ -2,7 +2,7 @@
 
     python scripts/float8_matmul.py --out float8_h200                  # a sweep; CSV, and PNG heat maps with matplotlib
     python scripts/float8_matmul.py --model 8B --tokens 16384 --out llama3_8b
-    python scripts/float8_matmul.py --workers 8 --out trainer/low_precision/speed_tables/h200     # for auto_filter_by_speed
+    python scripts/float8_matmul.py --workers 12 --out h200      # trainer/low_precision/speed_tables/h200.csv, for auto_filter_by_speed
 
 M: tokens, K: features in, N: features out. `product` multiplies float8 matrices that are there already, once; `layer` has the three
 products of a layer with all casts, compiled as a run does it. A speedup below 1 means: leave such layers in bf16, as
@@ -35,7 +35,7 @@ from trainer.low_precision.scaling import quantize  # noqa: E402
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "static")
 # Tokens, and features: from what loses by float8 to what gains most.
-SWEEP_TOKENS, SWEEP = (2048, 8192, 32768), (1024, 2048, 4096, 8192, 16384)
+SWEEP_TOKENS, SWEEP = (4096, 16384), (1024, 2048, 4096, 8192, 16384)
 # Enough bytes written in between for nothing to be left in the L2 cache of any GPU there is.
 _FLUSH_BYTES = 2**28
 # About a millisecond, for the host to be ahead, as it is in a run: launches then do not count.
@@ -193,7 +193,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", help="M,K,N each; default: a sweep of 75")
+    parser.add_argument("--shapes", nargs="+", help="M,K,N each; default: a sweep of 50")
     parser.add_argument("--model", help="take the shapes of a Llama 3 flavor")
     parser.add_argument("--tokens", type=int, default=16384, help="M for --model")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)

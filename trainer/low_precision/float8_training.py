@@ -192,11 +192,10 @@ def sync_float8_amax_and_scale_history(model: nn.Module) -> None:
     Raises:
         ValueError: nothing in it records amaxes.
     """
-    histories = [
-        m.float8_history for m in model.modules() if isinstance(getattr(m, "float8_history", None), ScalingHistory)
-    ]
+    found = (getattr(module, "float8_history", None) for module in model.modules())
+    # A module around it (torch.compile's) shows the same one again.
+    histories = list(dict.fromkeys(history for history in found if isinstance(history, ScalingHistory)))
     if not histories:
         raise ValueError("no float8 layer of this model records amaxes: its scaling is dynamic or static")
     for history in histories:
-        assert isinstance(history, ScalingHistory)
         history.sync()

@@ -105,6 +105,17 @@ def test_delayed_scaling_equals_a_plain_reference(algo, microbatches):
             assert (mine.float() - theirs.float()).norm() <= 4e-3 * theirs.float().norm(), step
 
 
+def test_history_of_a_compiled_model_is_synced_once_a_step():
+    model, history = build()
+    compiled = torch.compile(model, backend="eager")
+    for step in range(2):
+        x, g = make_batch(step)
+        compiled(x).backward(g)
+        sync_float8_amax_and_scale_history(compiled)
+        assert history.steps == step + 1
+        assert (history.amaxes > 0).all()
+
+
 def test_spike_is_remembered_as_long_as_the_history():
     scales = {}
     for algo in ("max", "most_recent"):
