@@ -3,8 +3,9 @@
 import csv
 
 import pytest
+import torch
 
-from scripts import float8_matmul, float8_roofline
+from scripts import float8_casts, float8_matmul, float8_roofline
 from trainer.low_precision.speed_table import read_speed_table
 
 
@@ -81,3 +82,17 @@ def test_other_processes_compile_all_shapes_beforehand(tmp_path, monkeypatch):
     (tmp_path / "speeds.csv").unlink()
     assert float8_matmul.main(commands[0][1:]) == 0
     assert not (tmp_path / "speeds.csv").exists()
+
+
+def test_ways_to_cast_give_the_same_and_are_measured(tmp_path):
+    x = torch.randn(32, 48).bfloat16()
+    data, transposed, scale = float8_casts.cast_by_torchao(x)
+    rows, columns, _ = float8_casts.cast_both_ways(x, scale.squeeze(), torch.float8_e5m2)
+    assert torch.equal(rows.float(), data.float())
+    assert torch.equal(columns.float(), transposed.float())
+    out = tmp_path / "casts.csv"
+    argv = ["--sizes", "32,48", "16,16", "--repeats", "1", "--backend", "eager", "--out", str(out)]
+    assert float8_casts.main(argv) == 0
+    assert [(row["M"], row["way"]) for row in read(out)] == [
+        (m, way) for m in ("32", "16") for way in ("fused", "compiled", "torchao")
+    ]
