@@ -125,10 +125,13 @@ def apply_float8_experts(model: nn.Module, *, section: Float8GroupedMMConfig, de
         experts = model.get_submodule(name)
         assert isinstance(experts, GroupedExperts)
         experts.product = emulate_groups if section.emulate else multiply_groups
-    kinds: dict[tuple[int, int, int], int] = {}
-    for sizes in chosen.values():
-        kinds[sizes] = kinds.get(sizes, 0) + 1
-    return [f"{n} x {e} experts ({dim} -> {hidden} -> {dim}): converted" for (e, dim, hidden), n in kinds.items()]
+    kinds: dict[tuple[tuple[int, ...], str], int] = {}
+    for name, experts in model.named_modules():
+        if isinstance(experts, GroupedExperts):
+            fate = "converted" if name in chosen else "stay in high precision: fqns does not name them"
+            kind = (tuple(experts.w1.shape), fate)
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return [f"{n} x {e} experts ({dim} -> {hidden} -> {dim}): {fate}" for ((e, hidden, dim), fate), n in kinds.items()]
 
 
 def check_expert_device(section: Float8GroupedMMConfig) -> None:

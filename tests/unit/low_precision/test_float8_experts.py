@@ -84,6 +84,16 @@ def test_what_cannot_be_converted_is_refused(fqns: list[str], expected: str) -> 
         plan_float8_experts(moe, section=Float8GroupedMMConfig(fqns=fqns), degree=2)
 
 
+def test_experts_that_are_not_named_stay() -> None:
+    mixtures = torch.nn.ModuleList(MoE(DIM, HIDDEN, router=Router(DIM, EXPERTS, 2)) for _ in range(3))
+    lines = apply_float8_experts(mixtures, section=Float8GroupedMMConfig(fqns=["1.experts"], emulate=True))
+    assert [mixture.experts.product is emulate_groups for mixture in mixtures] == [False, True, False]
+    assert lines == [
+        "2 x 4 experts (32 -> 48 -> 32): stay in high precision: fqns does not name them",
+        "1 x 4 experts (32 -> 48 -> 32): converted",
+    ]
+
+
 def test_device_without_the_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"this is the CPU\. Set quantize\.grouped_mm\.float8\.emulate = true"):
         check_expert_device(Float8GroupedMMConfig(fqns=["experts"]))
