@@ -21,26 +21,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer.components.metric_writers import METRICS_FILE, read_metrics  # noqa: E402 the root is on the path from here
+from trainer.components.run_history import RunHistory, RunReadError, load_run  # noqa: E402 the root is on the path from here
 
 MAX_BLOCKS = 20
 """Means of so many stretches of neighbouring steps give the noise of the mean of all (batch means)."""
 
 
 class ComparisonError(ValueError):
-    """A run that cannot be read or compared."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The logged steps of one run."""
-
-    name: str
-    records: list[dict[str, Any]]
-
-    def curve(self, key: str) -> dict[int, float]:
-        """Values by step; those that were not finite, or not known, are left out."""
-        return {r["step"]: r[key] for r in self.records if isinstance(r.get(key), int | float)}
+    """Runs that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +51,6 @@ class Difference:
     """Difference of the peaks."""
 
 
-def load_run(path: Path, name: str | None = None) -> Run:
-    """Read a run.
-
-    Raises:
-        ComparisonError: there are no metrics.
-    """
-    file = path / METRICS_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ComparisonError(f"{path}: there is no {METRICS_FILE}. Name a run's job.dump_folder")
-    records = read_metrics(file)
-    if not records:
-        raise ComparisonError(f"{file}: no step is logged")
-    return Run(name or path.name, records)
-
-
 def get_mean_and_noise(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean, and its standard error from the means of blocks of neighbours; NaN for fewer than two values."""
     blocks = min(MAX_BLOCKS, len(values))
@@ -88,7 +61,7 @@ def get_mean_and_noise(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(means) / blocks**0.5
 
 
-def compare(first: Run, other: Run, *, warmup: int) -> Difference:
+def compare(first: RunHistory, other: RunHistory, *, warmup: int) -> Difference:
     """Return how `other` differs from `first`, from step `warmup` + 1 on.
 
     Raises:
@@ -104,7 +77,7 @@ def compare(first: Run, other: Run, *, warmup: int) -> Difference:
     loss, noise = get_mean_and_noise(differences)
     tail_loss, tail_noise = get_mean_and_noise(differences[-tail:])
 
-    def get(run: Run, key: str, combine: Any) -> float | None:
+    def get(run: RunHistory, key: str, combine: Any) -> float | None:
         values = [value for step, value in run.curve(key).items() if step > warmup]
         return combine(values) if values else None
 
@@ -122,7 +95,7 @@ def compare(first: Run, other: Run, *, warmup: int) -> Difference:
     )
 
 
-def format_table(first: Run, differences: Sequence[Difference]) -> str:
+def format_table(first: RunHistory, differences: Sequence[Difference]) -> str:
     """Return a Markdown table."""
     lines = [
         f"| against {first.name} | steps | loss | loss at the end | tokens/s | memory |",
@@ -138,7 +111,7 @@ def format_table(first: Run, differences: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: Sequence[Run], path: Path, *, warmup: int) -> None:
+def plot(runs: Sequence[RunHistory], path: Path, *, warmup: int) -> None:
     """Draw loss, difference of the loss from the first run's, tokens/s and memory."""
     from matplotlib.figure import Figure
 
@@ -187,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             load_run(path, name) for path, name in zip(args.runs, args.names or [None] * len(args.runs), strict=True)
         ]
         differences = [compare(runs[0], run, warmup=args.warmup) for run in runs[1:]]
-    except ComparisonError as error:
+    except (ComparisonError, RunReadError) as error:
         print(error, file=sys.stderr)
         return 2
     print(format_table(runs[0], differences))

@@ -5,8 +5,8 @@
 # tests/faults and tests/cluster, and over tests/gpu where there is a CUDA device. Paths among the arguments take the place
 # of these folders. All of the checks run, even after one has failed; the exit code is 1 if any did.
 #
-# tests/cluster needs SLURM and ip. Where root runs it on Debian or Ubuntu, these are installed with apt-get, unless
-# BLOOMERY_INSTALL=0; where they cannot be, its tests are skipped with the reason.
+# tests/cluster needs SLURM and ip, and the test of the run report looks at it in Chromium. Where root runs them on Debian or Ubuntu,
+# these are installed with apt-get, unless BLOOMERY_INSTALL=0; where they cannot be, tests are skipped with the reason.
 set -euo pipefail
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.cluster.keeper import Keeper, find_descendants
-from tests.cluster.packages import PATH
+from tests.packages import PATH
 
 PROGRAMS = ("ip", "nsenter", "unshare")
 PACKAGES = ("iproute2", "util-linux")

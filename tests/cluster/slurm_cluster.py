@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.cluster.keeper import Keeper
-from tests.cluster.packages import PATH
+from tests.packages import PATH
 
 HERE = Path(__file__).parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.packages import install
 from tests.cluster.slurm_cluster import PACKAGES, PROGRAMS, SlurmCluster
 from tests.distributed.training import Run, assert_succeeded
+from tests.packages import install
 from trainer.components.checkpoint_files import list_steps
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import PACKAGES, PROGRAMS, HostPair
-from tests.cluster.packages import install
 from tests.cluster.test_slurm import ROOT, read_losses
 from tests.distributed.training import Run, assert_succeeded
+from tests.packages import install
 from trainer.components.checkpoint_files import list_steps
 
 STEPS = 60

@@ -35,4 +35,6 @@ def log_attention_kernel(
     logger.info("attention: %s", kernel)
     reason = get_slow_attention_reason(kernel, device)
     if reason is not None:
-        logger.warning("attention is slower than it could be: %s", reason, extra={"same_on_all_ranks": True})
+        logger.warning(
+            "attention is slower than it could be: %s", reason, extra={"same_on_all_ranks": True, "is_fallback": True}
+        )

@@ -202,9 +202,11 @@ class CheckpointChooser:
             return
         self._told.add(str(error))
         if isinstance(error, files.DamagedError):
-            logger.error("CHECKPOINT DAMAGED: %s. Looking for an older one to go on from.", error)
+            logger.error(
+                "CHECKPOINT DAMAGED: %s. Looking for an older one to go on from.", error, extra={"is_fallback": True}
+            )
         else:
-            logger.warning("Passing over a checkpoint: %s", error)
+            logger.warning("Passing over a checkpoint: %s", error, extra={"is_fallback": True})
 
 
 def _make_name() -> str:

@@ -88,12 +88,12 @@ class MemoryMonitor:
             self._total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            self._total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            self._total = get_host_memory()
 
     def read(self) -> MemoryUse:
         """Return the use since the last reading, and begin a new one."""
         if self._device.type != "cuda":
-            used = _read_resident_bytes()
+            used = read_resident_bytes()
             return MemoryUse(gib=used / GIB, percent=100 * used / self._total, active_gib=used / GIB)
         stats = torch.cuda.memory_stats(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -111,7 +111,12 @@ class MemoryMonitor:
         return use
 
 
-def _read_resident_bytes() -> int:
+def get_host_memory() -> int:
+    """Return the memory of this host in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def read_resident_bytes() -> int:
     """Resident memory of this process in bytes, now; its peak where there is no /proc."""
     try:
         with open("/proc/self/statm") as file:

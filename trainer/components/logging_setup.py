@@ -3,13 +3,15 @@
 import logging
 import sys
 import warnings
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterator
 from typing import TextIO
 
 from tqdm import tqdm
 
 _LEVEL_COLORS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m", logging.CRITICAL: "\033[1;31m"}
 _DIM, _RESET = "\033[2m", "\033[0m"
+_MAX_KEPT = 200
 
 
 class _LineFormatter(logging.Formatter):
@@ -50,6 +52,30 @@ class _ProgressBarHandler(logging.Handler):
             self.handleError(record)
 
 
+class _WarningKeeper(logging.Handler):
+    """Holds warnings and fallbacks until they are taken, the newest where there are very many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: deque[tuple[str, str]] = deque(maxlen=_MAX_KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "fallback" if getattr(record, "is_fallback", False) else "warning"
+        if (kind == "fallback" or record.levelno >= logging.WARNING) and record.name != "py.warnings":
+            self.kept.append((kind, record.getMessage()))
+
+
+def take_warnings() -> Iterator[tuple[str, str]]:
+    """Yield what this process has warned of since they were last taken, from any thread: kind and message.
+
+    The kind is "warning", or "fallback" for what was logged, at any level, with `extra={"is_fallback": True}`: something else
+    was done than what the settings ask for first. Warnings of libraries are left out.
+    """
+    for handler in logging.getLogger().handlers:
+        while isinstance(handler, _WarningKeeper) and handler.kept:
+            yield handler.kept.popleft()
+
+
 def setup_logging(*, rank: int = 0, shown_ranks: Collection[int] = (0,), color: bool = True) -> None:
     """Send the log of this process to the terminal: everything from a shown rank, warnings and errors from any other.
 
@@ -74,6 +100,8 @@ def setup_logging(*, rank: int = 0, shown_ranks: Collection[int] = (0,), color: 
         if isinstance(old, _ProgressBarHandler):
             root.removeHandler(old)
     root.addHandler(handler)
+    if not any(isinstance(old, _WarningKeeper) for old in root.handlers):
+        root.addHandler(_WarningKeeper())
     root.setLevel(logging.INFO if shown else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if shown else logging.ERROR)

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,17 +118,31 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Records after the step from which a run was resumed are those of the resumed run. A line torn by a kill is left out.
     """
-    records: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as file:
+    return select_records(read_lines(path))
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Return all records and events in `path` but lines that are torn, or not yet written to their end."""
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if "event" not in entry:
-                records.append(entry)
-            elif entry["event"] == "resume":
-                records = [record for record in records if record["step"] <= entry["step"]]
+            if isinstance(entry, dict) and "step" in entry:
+                lines.append(entry)
+    return lines
+
+
+def select_records(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records among lines in the order of a file: each step once, as it was trained last."""
+    records: list[dict[str, Any]] = []
+    for entry in lines:
+        if "event" not in entry:
+            records.append(entry)
+        elif entry["event"] == "resume":
+            records = [record for record in records if record["step"] <= entry["step"]]
     return records
 
 

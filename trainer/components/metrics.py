@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.components.checkpoint_write import SaveReport
+from trainer.components.environment import describe_environment
 from trainer.components.hardware import MemoryMonitor, MemoryUse, get_device_name, get_peak_flops
+from trainer.components.logging_setup import take_warnings
 from trainer.components.metric_writers import METRICS_FILE, MetricWriter, build_writers
 from trainer.components.progress import ProgressBar
 from trainer.components.stragglers import Stragglers
@@ -172,6 +174,8 @@ class MetricsLogger:
         if self._rank == 0:
             self._bar = ProgressBar(total=self._total_steps, initial=step, enabled=self._section.progress_bar)
         self.event("resume" if step else "start", step, quiet=True, tokens_seen=tokens_seen)
+        environment = describe_environment(self._device, self._workload.world_size)
+        self.event("environment", step, quiet=True, **environment)
 
     def _open_window(self, step: int, now: float) -> None:
         """Begin to count for the next logged step."""
@@ -245,6 +249,7 @@ class MetricsLogger:
         self._keep(record)
         for writer in self._writers:
             writer.write_step(record)
+        self._tell_warnings(step)
         if self._bar is not None:
             self._bar.advance_to(step, loss=record["loss"])
         if self._rank == 0:
@@ -311,6 +316,13 @@ class MetricsLogger:
         if not quiet and self._rank == 0:
             told = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             logger.info("%s at step %d: %s", kind, step, told)
+        self._tell_warnings(step)
+
+    def _tell_warnings(self, step: int) -> None:
+        """Note what this process has warned of. step: known of at that time; a warning may be a few steps older."""
+        for kind, message in take_warnings() if self._writers else ():
+            for writer in self._writers:
+                writer.write_event(kind, step, {"message": message})
 
     def report_saves(self, step: int, reports: Iterable[SaveReport]) -> None:
         """Note the saves that have ended by `step`, in the background too: what each cost, or that it failed."""

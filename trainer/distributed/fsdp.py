@@ -97,7 +97,7 @@ def _use_copy_engine(
                 f"parallelism.fsdp_collectives = 'copy_engine' cannot be used: {obstacle}. Use 'nccl', or shard within hosts by "
                 "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
             )
-        logger.info("FSDP communicates through the process group's backend: %s", obstacle)
+        logger.info("FSDP communicates through the process group's backend: %s", obstacle, extra={"is_fallback": True})
         return
     accumulation = choose_accumulation(model, parallelism=parallelism, training=training, device=device)
     # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.

@@ -14,7 +14,7 @@ import pytest
 PROGRAM = textwrap.dedent(
     """
     import logging, sys, warnings
-    from trainer.components.logging_setup import setup_logging
+    from trainer.components.logging_setup import setup_logging, take_warnings
     setup_logging(rank=int(sys.argv[1]), shown_ranks=(0, 8))
     setup_logging(rank=int(sys.argv[1]), shown_ranks=(0, 8))
     log = logging.getLogger("trainer.somewhere")
@@ -22,6 +22,9 @@ PROGRAM = textwrap.dedent(
     log.warning("a worry")
     log.warning("a worry of all", extra={"same_on_all_ranks": True})
     warnings.warn("library words")
+    assert list(take_warnings()) == [("warning", "a worry"), ("warning", "a worry of all")]
+    log.warning("the second best", extra={"is_fallback": True, "same_on_all_ranks": True})
+    assert list(take_warnings()) == [("fallback", "the second best")]
     assert "torch" not in sys.modules
     """
 )
@@ -40,7 +43,8 @@ def test_shown_rank_says_everything_once_on_stdout(rank, prefix):
     said = [f"INFO     {prefix}some news", f"WARNING  {prefix}a worry", f"WARNING  {prefix}a worry of all"]
     assert [line.split(" ", 1)[1] for line in lines[:3]] == said
     assert lines[3].endswith("UserWarning: library words")
-    assert len(lines) == 4
+    assert lines[4].endswith("the second best")
+    assert len(lines) == 5
     assert done.stderr == ""
 
 

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from trainer.components import logging_setup
 from trainer.components import metrics as metrics_module
 from trainer.components.hardware import MemoryMonitor, get_peak_flops
 from trainer.components.metric_writers import JsonlWriter, read_metrics, to_json_values
@@ -205,6 +206,21 @@ def test_resume_goes_on_in_the_file_and_reading_takes_each_step_once(tmp_path):
     assert records[-1]["tokens_seen"] == 5000
 
 
+def test_warnings_and_fallbacks_become_events(tmp_path):
+    keeper = logging_setup._WarningKeeper()
+    logging.getLogger().addHandler(keeper)
+    try:
+        logging.getLogger("early").warning("before %s", "training")
+        logger = make_logger(tmp_path)
+        logger.begin(step=0, tokens_seen=0)
+        logging.getLogger("late").error("plan B", extra={"is_fallback": True})
+        run_steps(logger, 1, 1)
+    finally:
+        logging.getLogger().removeHandler(keeper)
+    told = [(line["event"], line["step"], line["message"]) for line in read_lines(tmp_path) if "message" in line]
+    assert told == [("warning", 0, "before training"), ("fallback", 1, "plan B")]
+
+
 def test_events_are_lines_of_their_own_and_are_told(tmp_path, caplog):
     logger = make_logger(tmp_path, log_freq=1)
     logger.begin(step=0, tokens_seen=0)
@@ -213,7 +229,7 @@ def test_events_are_lines_of_their_own_and_are_told(tmp_path, caplog):
         logger.event("validation", 1, loss=torch.tensor(1.25))
     assert "validation at step 1: loss 1.2500" in caplog.text
     events = [line for line in read_lines(tmp_path) if "event" in line]
-    assert [event["event"] for event in events] == ["start", "validation"]
+    assert [event["event"] for event in events] == ["start", "environment", "validation"]
     assert events[-1]["loss"] == 1.25
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
