@@ -78,6 +78,7 @@ def _clean(svg: str) -> str:
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'<g id="curve-(\d+)-(\d+)"', r'<g class="curve run-\1" data-line="\2"', svg)
     svg = re.sub(r'<g id="band-(\d+)"', r'<g class="run-\1"', svg)
+    svg = re.sub(r"(\.\d{4})\d+", r"\1", svg)
     used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
     return re.sub(r"\n\s*", "\n", svg)

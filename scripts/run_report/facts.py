@@ -172,11 +172,13 @@ def _find_losses_of_speed(run: RunHistory) -> Iterator[Remark]:
         yield Remark("bad", "Memory was nearly full: the allocator gave its cache back and tried again, which is slow.")
     elif (_get(run, "memory_percent", max) or 0) > _MEMORY_PERCENT:
         yield Remark("worth knowing", f"Memory was {_get(run, 'memory_percent', max):.0f}% full at most.")
-    slowdown = _get(run, "ranks/matmul_slowdown", statistics.median)
-    if slowdown and slowdown > _SLOW_RANK:
-        rank = run.records[-1].get("ranks/matmul_rank", "one")
+    slow = [record for record in run.records if (record.get("ranks/matmul_slowdown") or 0) > _SLOW_RANK]
+    if slow:
+        worst = max(slow, key=lambda record: record["ranks/matmul_slowdown"])
         yield Remark(
-            "bad", f"A GPU computes {slowdown - 1:.0%} slower than the others (last: rank {rank}), and all wait for it."
+            "bad",
+            f"A GPU computed up to {worst['ranks/matmul_slowdown'] - 1:.0%} slower than the others, which wait for it: rank "
+            f"{worst.get('ranks/matmul_rank')} at step {worst['step']:,}, in {_count(slow, 'logged step')}.",
         )
 
 

@@ -11,6 +11,13 @@ from trainer.components.checkpoint_files import MANIFEST_NAME, TENSOR_INDEX_NAME
 from trainer.components.run_history import RunReadError, load_run
 
 STEPS = range(1, 101)
+SLOW_AND_UNEVEN = {
+    "memory_retries": 1,
+    "ranks/matmul_slowdown": 1.3,
+    "ranks/matmul_rank": 5,
+    "experts/max_over_mean": 3.0,
+    "experts/layers.1/max_over_mean": 3.0,
+}
 
 
 @pytest.fixture
@@ -29,8 +36,8 @@ def eventful(tmp_path):
         make_event("validation", 50, loss=2.5, seconds=1.0),
         make_event("end", 50, steps=50, seconds=60.0),
         make_event("resume", 50, tokens_seen=50_000),
-        *(make_record(step, memory_retries=1, **{"experts/layers.1/max_over_mean": 3.0, "experts/max_over_mean": 3.0}) for step in range(51, 101)),
-    ]  # fmt: skip
+        *(make_record(step, **SLOW_AND_UNEVEN) for step in range(51, 101)),
+    ]
     return write_run(tmp_path / "eventful", lines, status="failed")
 
 
@@ -48,11 +55,12 @@ def test_remarks_tell_what_went_wrong_and_what_cost_speed(eventful):
         "The loop waited for data",
         "Training stood still for checkpoints 6.0% of the time",
         "bad: Memory was nearly full",
+        "A GPU computed up to 30% slower than the others, which wait for it: rank 5 at step 51, in 50 logged steps.",
         "the busiest has 3.0 times the mean load",
         "Float8 cut off up to 0.20%",
     ):
         assert told in text
-    assert len(remarks) == 12
+    assert len(remarks) == 13
 
 
 def test_nothing_stands_out_of_a_run_in_which_nothing_happened(tmp_path):
@@ -118,7 +126,7 @@ def test_many_points_are_drawn_as_mean_and_range_so_that_no_spike_is_lost():
 
 def test_panels_are_those_that_have_values(eventful, tmp_path):
     keys = [panel.key for panel in build_panels([load_run(eventful)])]
-    assert keys == ["loss", "grad_norm", "lr", "speed", "mfu", "memory", "data_wait", "experts", "saturated", "experts_layers_0"]  # fmt: skip
+    assert keys == ["loss", "grad_norm", "lr", "speed", "mfu", "memory", "data_wait", "slowdown", "experts", "saturated", "experts_layers_0"]  # fmt: skip
     spiky = [make_record(step, grad_norm=500.0 if step == 50 else 1.0) for step in STEPS]
     runs = [load_run(eventful), load_run(write_run(tmp_path / "spiky", spiky))]
     panels = {panel.key: panel for panel in build_panels(runs)}
