@@ -30,14 +30,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.fsdp2.claims import check, draw, format_table  # noqa: E402 the root is on the path from here
+from scripts.fsdp2.claims import VARIANTS, check, draw, format_table  # noqa: E402 the root is on the path from here
 
 SNAPSHOT = "memory_snapshot_{}.pickle"
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure all variants, print what was seen, and return the exit code."""
-    from scripts.fsdp2.variants import VARIANTS, get_obstacle
+    from scripts.fsdp2.variants import get_obstacle
 
     settings = _get_settings(args)
     with tempfile.TemporaryDirectory(prefix="fsdp2_") as scratch:
@@ -123,11 +123,8 @@ def work(args: argparse.Namespace) -> int:
 
 def visualize(args: argparse.Namespace) -> int:
     """Draw what `run` wrote. Return the exit code."""
-    results = {}
-    for file in sorted(args.dir.glob("*.json"), key=lambda file: file.stat().st_mtime):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "variant" in content:
-            results[content["variant"]] = content
+    files = [args.dir / f"{variant}.json" for variant in VARIANTS]
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
     if not results:
         print(f"{args.dir}: no results. Name the --output_dir of a run", file=sys.stderr)
         return 2
@@ -143,7 +140,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     runner = commands.add_parser("run", help="measure")
     runner.add_argument("--nproc", type=int, default=2, help="processes, one a GPU: 2 to 8 (default 2)")
     runner.add_argument("--output_dir", type=Path, help="folder for results")
-    runner.add_argument("--variants", nargs="+", help="some of the variants above (default: all)")
+    runner.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="some of the variants above (default: all)"
+    )
     runner.add_argument(
         "--save_memory_snapshot", action="store_true", help="rank 0's allocations, for pytorch.org/memory_viz"
     )

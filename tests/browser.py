@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -16,8 +17,9 @@ from tests.packages import PATH
 
 PROGRAMS, PACKAGES = ("chromium",), ("chromium", "fonts-liberation")
 SECONDS = 60.0
-# Chromium reads commands from 3 and answers on 4. A shell puts them there: a pipe's ends may have any numbers.
-_SCRIPT = 'exec "$0" --remote-debugging-pipe "$@" 3<&{0} 4>&{1} {0}<&- {1}>&-'
+# Chromium reads commands from 3 and answers on 4. A shell puts them there, from higher numbers, so that neither is in the other's way.
+_SCRIPT = 'exec "$0" --remote-debugging-pipe "$@" 3<&{0} 4>&{1}'
+_HIGH = 10
 
 
 class Browser:
@@ -26,8 +28,8 @@ class Browser:
     def __init__(self, profile: Path, *, width: int = 1280, height: int = 900) -> None:
         program = shutil.which("chromium", path=PATH)
         assert program is not None, "install() first"
-        commands, self._write_end = os.pipe()
-        self._read_end, answers = os.pipe()
+        (low_commands, self._write_end), (self._read_end, low_answers) = os.pipe(), os.pipe()
+        commands, answers = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _HIGH) for end in (low_commands, low_answers))
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         options += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
         self._process = subprocess.Popen(
@@ -36,8 +38,8 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(commands)
-        os.close(answers)
+        for end in (low_commands, low_answers, commands, answers):
+            os.close(end)
         self._numbers = itertools.count(1)
         self._buffer = b""
         self._events: list[dict[str, Any]] = []

@@ -10,6 +10,7 @@ AFTER = "torch_optimizer_after_fsdp"
 NOT_FIXED = "torch_optimizer_before_fsdp_not_fixed"
 FIXED = "torch_optimizer_before_fsdp_fixed"
 TRAINER, ACCELERATE = "trainer", "accelerate"
+VARIANTS = (AFTER, NOT_FIXED, FIXED, TRAINER, ACCELERATE)
 
 GIB = 2**30
 _NOISE = 0.01
@@ -136,7 +137,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     settings = some["settings"]
     conditions = (
         f"{settings['model']} {settings['flavor']}, {some['world_size']} x {some['environment']['hardware']['device']}, "
-        f"{settings['batch_size']} x {settings['seq_len']} tokens on each, rank 0"
+        f"{settings['batch_size']} x {settings['seq_len']} tokens on each"
     )
     written = []
     for kind in ("allocated", "reserved", "host"):
@@ -148,7 +149,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             seconds, memory = result["memory"]["seconds"], [size / GIB for size in result["memory"][kind]]
             axes.plot(seconds, memory, label=name, linewidth=1.2, color=f"C{number}")
             axes.axvline(result["built_at_seconds"], color=f"C{number}", linestyle=":", linewidth=0.8)
-        axes.set(title=f"{kind.capitalize()} memory: {conditions}", ylabel="GiB", ylim=(0, None))
+        axes.set(title=f"{kind.capitalize()} memory of rank 0: {conditions}", ylabel="GiB", ylim=(0, None))
         axes.set_xlabel("seconds since the process began to build the model (dotted: it is built, training begins)")
         axes.legend()
         written.append(folder / f"{kind}_memory.png")
@@ -158,7 +159,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
     # Curves that are the same lie on each other: the later, the thinner.
     for number, (name, result) in enumerate(results.items()):
         axes.plot(
-            range(1, len(result["losses"]) + 1), result["losses"], label=name, linewidth=6 - number, color=f"C{number}"
+            range(1, len(result["losses"]) + 1),
+            result["losses"],
+            label=name,
+            linewidth=9 - 2 * number,
+            color=f"C{number}",
         )
     axes.set(title=f"Loss: {conditions}", xlabel="step", ylabel="nats a token")
     axes.legend()

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import AdamW
 
 from models.registry import get_model_spec
+from scripts.fsdp2.claims import ACCELERATE, AFTER, FIXED, NOT_FIXED, TRAINER
 from trainer.components.follow_parameters import follow_parameters
 from trainer.components.optimizer import build_optimizer
 from trainer.config.schema import JobConfig
@@ -20,12 +21,6 @@ from trainer.config.schema_training import OptimizerConfig, TrainingConfig
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import init_weights
 from trainer.parallelize import parallelize
-
-AFTER = "torch_optimizer_after_fsdp"
-NOT_FIXED = "torch_optimizer_before_fsdp_not_fixed"
-FIXED = "torch_optimizer_before_fsdp_fixed"
-TRAINER = "trainer"
-ACCELERATE = "accelerate"
 
 _OPTIMIZER = OptimizerConfig(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 _SEED = 0
@@ -75,7 +70,7 @@ def get_obstacle(variant: str, settings: Settings) -> str | None:
 
 
 def build(variant: str, settings: Settings, device: torch.device) -> Built:
-    """Build a variant by its name. Collective."""
+    """Build a variant by its name, one of `scripts.fsdp2.claims.VARIANTS`. Collective."""
     return _BUILDERS[variant](settings, device)
 
 
@@ -176,4 +171,3 @@ _BUILDERS = {
     TRAINER: _build_trainer,
     ACCELERATE: _build_accelerate,
 }
-VARIANTS = tuple(_BUILDERS)

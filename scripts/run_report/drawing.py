@@ -19,7 +19,7 @@ from scripts.run_report.panels import Line, Panel, thin
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WIDTH, _HEIGHT = 460, 210
 """Of a picture in points, the unit of its SVG."""
-_BOX = (0.13, 0.15, 0.855, 0.80)
+_BOX = (0.13, 0.13, 0.84, 0.83)
 """Left, bottom, width and height of the axes, as shares of these."""
 _MANY_POINTS = 25
 """Circles on a line; more are drawn smaller."""
@@ -78,7 +78,7 @@ def _clean(svg: str) -> str:
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'<g id="curve-(\d+)-(\d+)"', r'<g class="curve run-\1" data-line="\2"', svg)
     svg = re.sub(r'<g id="band-(\d+)"', r'<g class="run-\1"', svg)
-    svg = re.sub(r"(\.\d{4})\d+", r"\1", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d{4})\d+", r"\1", path[0]), svg)
     used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
     return re.sub(r"\n\s*", "\n", svg)

@@ -54,6 +54,8 @@ def describe_end(run: RunHistory, now: float) -> tuple[str, str]:
         if state == "silent":
             return "no word", f"{done} was its last word{ago}: killed, on a host that is gone, or hanging."
         return "going on", f"{done} was logged last{ago}."
+    if state == "ended":
+        return state, f"{done} was its last."
     return state, f"{run.status['reason']} (step {run.status['step']:,})."
 
 

@@ -63,13 +63,18 @@ function show(plot, step) {
   const cells = [];
   for (const curve of getCurves(plot)) {
     if (!curve.points.length || getComputedStyle(curve.group).display === "none") continue;
+    const [at, height] = findNearest(curve.points, step);
+    // A run that had ended, or had not begun, has no value here; one of few points has it at another step.
+    const spacing = (curve.points.at(-1)[0] - curve.points[0][0]) / Math.max(1, curve.points.length - 1);
+    if (Math.abs(at - step) > Math.max(spacing, 0.5)) continue;
+    const isElsewhere = Math.abs(at - step) > Math.max((plot.x[1] - plot.x[0]) / 200, 0.5);
     const value = document.createElement("span");
     value.className = "value";
     const swatch = document.createElement("span");
     swatch.className = `swatch swatch-${curve.run}`;
     const number = document.createElement("b");
-    number.textContent = format(findNearest(curve.points, step)[1]);
-    value.append(swatch, `${curve.label} `, number);
+    number.textContent = format(height);
+    value.append(swatch, `${curve.label} `, number, isElsewhere ? ` (step ${Math.round(at).toLocaleString("en")})` : "");
     cells.push(value);
   }
   // With blanks between, for whoever copies the text.

@@ -181,7 +181,7 @@ def _build_simple(runs: Sequence[RunHistory]) -> list[Panel]:
         Panel("lr", "Learning rate", "", "Of the first parameter group.", _collect(runs, "lr"), from_zero=True),
         Panel("speed", "Speed", "tokens/s a device", "Validation, checkpoints and traces are left out of the time. The first step of a start compiles and warms up.", _collect(runs, "tokens_per_second"), from_zero=True),
         Panel("mfu", "MFU", "% of the bf16 peak", "Model FLOPs with exact causal attention, over the dense bf16 peak of the device.", _collect(runs, "mfu"), from_zero=True),
-        Panel("memory", "Memory", "GiB", "Peak since the step logged before, on the first rank: what the allocator had reserved (on a CPU: resident memory). Dashed: what tensors took.", _collect(runs, "memory_gib", "memory_active_gib", labels=("", "in tensors")), from_zero=True),
+        Panel("memory", "Memory", "GiB", "Peak since the step logged before, on the first rank: what the allocator had reserved (dashed: what tensors took); on a CPU: resident memory.", _collect_memory(runs), from_zero=True),
         Panel("data_wait", "Data wait", "% of the time", "Time in which the loop waited for a batch.", _collect(runs, "data_wait", scale=100), from_zero=True),
         Panel("alone", "Slowest rank in a step", "s", "Longest time that a rank took before it met the others: reading its batch, mostly.", _collect(runs, "ranks/alone_seconds"), from_zero=True),
         Panel("slowdown", "Slowest GPU", "times the median", "Time of a fixed matrix product on the slowest GPU over the median one: 1 is even.", _collect(runs, "ranks/matmul_slowdown")),
@@ -190,6 +190,13 @@ def _build_simple(runs: Sequence[RunHistory]) -> list[Panel]:
         Panel("saturated", "Float8: cut off", "% of elements", "Too large for their scale, in the worst tensor. Up to 0.01% is harmless.", _collect(runs, "float8/saturated_max", scale=100), from_zero=True),
         Panel("underflowed", "Float8: lost as zero", "% of elements", "Too small for their scale, in the worst tensor.", _collect(runs, "float8/underflowed_max", scale=100), from_zero=True),
     ]  # fmt: skip
+
+
+def _collect_memory(runs: Sequence[RunHistory]) -> list[Line]:
+    lines = _collect(runs, "memory_gib", "memory_active_gib", labels=("", "in tensors"))
+    reserved = {line.run: line.values for line in lines if line.style == "line"}
+    # On a CPU there is one figure for both.
+    return [line for line in lines if line.style == "line" or line.values != reserved.get(line.run)]
 
 
 def _build_layers(number: int, run: RunHistory, *, many: bool) -> list[Panel]:

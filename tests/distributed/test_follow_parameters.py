@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from scripts.fsdp2 import claims
 from scripts.fsdp2.measure import measure
-from scripts.fsdp2.variants import VARIANTS, Settings, get_obstacle
+from scripts.fsdp2.variants import Settings, get_obstacle
 from tests.distributed.harness import run_distributed
 from trainer.components.follow_parameters import follow_parameters
 
@@ -78,7 +78,7 @@ def _compare_all():
     trained = {name: (_train(b, fixed=True), _train(b, fixed=False)) for name, b in OPTIMIZERS.items()}
     states = {name: _shard_under_way(OPTIMIZERS[name]) for name in ("AdamW", "SGD with momentum")}
     results = {}
-    for variant in VARIANTS:
+    for variant in claims.VARIANTS:
         if get_obstacle(variant, SETTINGS) is None:
             results[variant] = measure(variant, SETTINGS, torch.device("cpu"))
     return trained, states, results

@@ -64,12 +64,14 @@ class RunHistory:
         )
 
     def describe_state(self, now: float) -> str:
-        """Return "complete", "preempted", "failed", "going on", or "silent": it ended without a word, or hangs.
+        """Return "complete", "preempted", "failed", "ended" (in good order), "going on", or "silent": killed, or hanging.
 
         now: Unix time.
         """
         if self.status:
             return str(self.status["status"])
+        if self.events and self.events[-1]["event"] == "end":
+            return "ended"
         last = self.last_word()
         if last is None:
             return "silent"

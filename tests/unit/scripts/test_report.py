@@ -104,6 +104,11 @@ def test_state_of_a_run_without_a_last_word_depends_on_how_long_ago_it_spoke(tmp
     )
 
 
+def test_run_whose_process_closed_its_files_has_ended(tmp_path):
+    run = load_run(write_run(tmp_path / "run", [make_record(7), make_event("end", 7, steps=7)]))
+    assert facts.describe_end(run, time.time() + 3600) == ("ended", "step 7 of 10,000 was its last.")
+
+
 def test_settings_that_differ_are_found_against_defaults_and_between_runs(tmp_path):
     lines = [make_record(1)]
     first = load_run(write_run(tmp_path / "a", lines, settings=["--optimizer.lr", "1e-4"]))
