@@ -1,6 +1,6 @@
 """Trains one variant and records its memory and losses, for scripts/fsdp2_benchmark.py. All ranks run this."""
 
-import itertools
+import functools
 import sysconfig
 import threading
 import time
@@ -22,7 +22,6 @@ from trainer.components.hardware import read_resident_bytes
 from trainer.config.schema import DebugConfig
 
 _INTERVAL_SECONDS = 0.02
-_TEXT_BYTES = 4_000_000
 
 
 class MemoryRecorder:
@@ -132,10 +131,10 @@ def _get_batch(settings: Settings, step: int, device: torch.device) -> tuple[Ten
     return batch[:, :-1], batch[:, 1:]
 
 
+@functools.cache
 def _read_text() -> np.ndarray:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    data = b"".join(itertools.chain(file.read_bytes() for file in files))
-    return np.frombuffer(data[:_TEXT_BYTES], dtype=np.uint8)
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8)
 
 
 def _get_parameters(optimizer: Any) -> list[Tensor]:

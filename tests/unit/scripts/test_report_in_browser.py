@@ -37,7 +37,7 @@ def open_page(browser, *runs):
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than its window"
 
 
-def point_at_step(browser, panel, step, last):
+def point_at_step(browser, panel, step):
     """Put the mouse on a picture, at a step. Return what stands under all visible ones, by title."""
     place = browser.evaluate(
         f"""(() => {{
@@ -85,13 +85,13 @@ def test_one_run_shows_curves_values_and_views(browser, tmp_path):
         assert len(get_picture(browser, panel).getcolors(maxcolors=1 << 24)) > 10, f"{panel} is blank"
     assert count_pixels(get_picture(browser, "loss"), COLORS[0]) > 300
 
-    readouts = point_at_step(browser, "mfu", 30, 100)
+    readouts = point_at_step(browser, "mfu", 30)
     assert find_numbers(readouts["loss"]) == [30, pytest.approx(2 + 6 * math.exp(-1.5), abs=1e-3)]
     assert find_numbers(readouts["memory"]) == [30, 100, 90]
     assert browser.evaluate("document.querySelectorAll('.cross').length") == len(readouts)
 
     browser.click("#view-2")
-    readouts = point_at_step(browser, "loss", 95, 100)
+    readouts = point_at_step(browser, "loss", 95)
     assert find_numbers(readouts["loss"]) == [95, pytest.approx(2 + 6 * math.exp(-95 / 20), abs=1e-3)]
     assert json.loads(
         browser.evaluate("[...document.querySelectorAll('.plot')].find(p => p.offsetParent).dataset.plot")
@@ -99,21 +99,24 @@ def test_one_run_shows_curves_values_and_views(browser, tmp_path):
 
 
 def test_several_runs_are_told_apart_and_can_be_hidden(browser, tmp_path):
-    first = write_run(tmp_path / "first", [make_record(step) for step in STEPS], status="complete")
-    skip = make_event("skip", 70, skipped=1)
-    lines = [*(make_record(step, loss=3.0, grad_norm=50.0 if step == 70 else 1.0) for step in range(1, 81)), skip]
+    first = write_run(tmp_path / "first", [make_record(step) for step in range(1, 31)], status="complete")
+    skip = make_event("skip", 20, skipped=1)
+    lines = [*(make_record(step, loss=3.0, grad_norm=50.0 if step == 20 else 1.0) for step in range(1, 25)), skip]
     other = write_run(tmp_path / "other", lines, settings=["--optimizer.lr", "1e-2"], status="preempted")
     open_page(browser, first, other)
     pixels = [count_pixels(get_picture(browser, "loss"), color) for color in COLORS]
     assert min(pixels) > 300
-    readouts = point_at_step(browser, "loss", 70, 100)
-    assert find_numbers(readouts["loss"])[1:] == [pytest.approx(2 + 6 * math.exp(-3.5), abs=1e-3), 3]
+    readouts = point_at_step(browser, "loss", 20)
+    assert find_numbers(readouts["loss"])[1:] == [pytest.approx(2 + 6 * math.exp(-1), abs=1e-3), 3]
     # On a logarithmic axis.
     assert find_numbers(readouts["grad_norm"])[1:] == [1, pytest.approx(50, rel=1e-3)]
     assert "optimizer.lr 0.0008 0.01" in " ".join(browser.evaluate("document.body.innerText").split())
 
+    # The other had ended by then.
+    assert len(find_numbers(point_at_step(browser, "loss", 28)["loss"])) == 2
+
     browser.click("#show-1")
-    assert len(find_numbers(point_at_step(browser, "loss", 70, 100)["loss"])) == 2
+    assert len(find_numbers(point_at_step(browser, "loss", 20)["loss"])) == 2
     browser.click("h1")
     assert count_pixels(get_picture(browser, "loss"), COLORS[1]) < pixels[1] / 4
 
@@ -127,4 +130,4 @@ def test_run_that_goes_on_is_shown_up_to_its_last_whole_line(browser, tmp_path):
         file.write('.5, "time": 1}\n' + "".join(json.dumps(make_record(step)) + "\n" for step in (7, 8)))
     open_page(browser, folder)
     assert "step 8 of 10,000" in browser.evaluate("document.querySelector('.state').innerText")
-    assert find_numbers(point_at_step(browser, "loss", 6, 8)["loss"]) == [6, 2.5]
+    assert find_numbers(point_at_step(browser, "loss", 6)["loss"]) == [6, 2.5]
