@@ -31,7 +31,13 @@ class Browser:
         (low_commands, self._write_end), (self._read_end, low_answers) = os.pipe(), os.pipe()
         commands, answers = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _HIGH) for end in (low_commands, low_answers))
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-        options += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
+        options += [
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
             ["bash", "-c", _SCRIPT.format(commands, answers), program, *options],
             pass_fds=(commands, answers),
