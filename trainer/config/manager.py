@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 from trainer.config.cli import COMMAND_LINE, read_arguments
 from trainer.config.errors import Problem
-from trainer.config.fields import build_config, get_leaves
+from trainer.config.fields import build_config, get_leaves, show
 from trainer.config.help_text import print_help
 from trainer.config.schema import JobConfig
-from trainer.config.toml_file import Settings, read_toml
+from trainer.config.schema_quantize import FLOAT8_CONVERTERS, OPT_LEVELS
+from trainer.config.toml_file import Setting, Settings, read_toml
 
 DEFAULT = "default"
 
@@ -51,6 +52,7 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
         settings = read_toml(config_file.value)
     settings.update(arguments)
     warnings = _follow_deprecated_tokenizer_path(settings)
+    _follow_opt_level(settings)
     origins = {key: settings.values[key].origin if key in settings.values else DEFAULT for key in get_leaves()}
     config = build_config({key: setting.value for key, setting in settings.values.items()})
     return LoadedConfig(config=config, origins=origins, problems=settings.problems, warnings=warnings)
@@ -66,6 +68,19 @@ def _follow_deprecated_tokenizer_path(settings: Settings) -> list[Problem]:
     if settings.values.setdefault(new, given).value != given.value:
         message = f"{old} = {given.value} is ignored: {new} = {settings.values[new].value} takes its place."
     return [Problem(message, (old,))]
+
+
+def _follow_opt_level(settings: Settings) -> None:
+    """`fp8_opt_level` stands for settings of other sections, which count later; another value of one of them is a problem."""
+    key = "quantize.linear.float8.fp8_opt_level"
+    level, converters = settings.values.get(key), settings.values.get("model.converters")
+    if level is None or level.value is None or converters is None or FLOAT8_CONVERTERS.isdisjoint(converters.value):
+        return
+    for meant, value in OPT_LEVELS[level.value].items():
+        given = settings.values.setdefault(meant, Setting(value, level.origin))
+        if given.value != value:
+            message = f"{key} = {level.value}: means {meant} = {value}, and {show(given.value)} is given. Leave one of them out."
+            settings.problems.append(Problem(message, (key, meant)))
 
 
 __all__ = ["COMMAND_LINE", "DEFAULT", "LoadedConfig", "load_config"]

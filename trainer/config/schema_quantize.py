@@ -15,6 +15,12 @@ SPEED_FILTER = "auto_filter_by_speed"
 FLOAT8_ALIGNMENT = 16
 """What a GPU's float8 products want dims to be multiples of: both of the second factor, and the one that is summed over."""
 
+OPT_LEVELS: dict[str, dict[str, str]] = {
+    "O1": {"training.gradient_wire_dtype": "float8"},
+    "O2": {"training.gradient_wire_dtype": "float8", "optimizer.state_dtype": "float8"},
+}
+"""What `fp8_opt_level` stands for, beside the products in float8 that the converter brings."""
+
 
 @dataclass(frozen=True)
 class Float8LinearConfig:
@@ -70,6 +76,8 @@ class Float8LinearConfig:
     """Round scales down to powers of two. The rowwise recipes always do."""
     fused_cast: Literal["auto", "never", "gradients", "all"] = "auto"
     """Cast a tensor by rows and by columns, and find its largest magnitude, in one kernel: gradients of outputs, which are needed both ways at once, or inputs, too, which are then kept for the backward pass rather than cast again. auto: gradients whose scaling is delayed or static, which need no magnitude beforehand. never: leave it to the compiler."""
+    fp8_opt_level: Literal["O1", "O2"] | None = None
+    """MS-AMP's levels. O1: gradients travel in float8, too (training.gradient_wire_dtype = float8). O2: also, the moments of AdamW are kept in float8 and bfloat16 (optimizer.state_dtype = float8)."""
     measure_freq: int = 0
     """Steps from one measurement to the next, of those that are logged: amax, scale, and shares of values too large or too small for it, of each layer's tensors. Compiled blocks have another graph for such steps. 0 turns it off."""
 

@@ -158,6 +158,8 @@ class TrainingConfig:
     """Dtype of parameters and activations in forward and backward."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over ranks."""
+    gradient_wire_dtype: Literal["float8"] | None = None
+    """Dtype in which FSDP sends gradients to the rank that adds them up. Unset: that of the sum, or as fsdp_collectives says. float8: a quarter of the traffic, with a scale for each 256 values; they are added up in float32."""
     gc_freq: int = 50
     """Steps from one Python garbage collection to the next, which all ranks do at the same time. 0 leaves it to Python."""
     gc_debug: bool = False

@@ -23,6 +23,7 @@ _METHOD = "parallelism.context_parallel_method"
 _ROTATE = "parallelism.context_parallel_rotate_method"
 _ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 _COLLECTIVES = "parallelism.fsdp_collectives"
+_WIRE = "training.gradient_wire_dtype"
 
 # Settings that say how a parallelism is done, by the degree above 1 that they need to do anything.
 _DETAILS = {
@@ -175,6 +176,30 @@ def _check_copy_engine(config: JobConfig) -> Iterator[Problem]:
         yield Problem(message, (_COLLECTIVES, PP))
 
 
+def _check_gradient_wire(config: JobConfig) -> Iterator[Problem]:
+    """Gradients in float8 where something else carries them."""
+    section = config.parallelism
+    if config.training.gradient_wire_dtype is None:
+        return
+    if section.fsdp_collectives != "nccl":
+        message = (
+            f"{_WIRE} = float8: is carried by the process group, and {_COLLECTIVES} = {section.fsdp_collectives} has gradients "
+            f"carried by copy engines. Use {_COLLECTIVES} = nccl, or leave {_WIRE} out."
+        )
+        yield Problem(message, (_WIRE, _COLLECTIVES))
+    if not _shards(config) and section.data_parallel_replicate_degree > 1:
+        message = (
+            f"{_WIRE} = float8: is for the gradients of weights that FSDP shards, and {SHARD} = 1 leaves replicas, whose gradients "
+            f"are all-reduced. Set {SHARD} above 1 (or -1), or leave {_WIRE} out."
+        )
+        yield Problem(message, (_WIRE, SHARD, CP, REPLICATE))
+
+
+def _shards(config: JobConfig) -> bool:
+    """Whether FSDP may shard weights, as far as it is known without the number of processes."""
+    return config.parallelism.data_parallel_shard_degree != 1 or config.parallelism.context_parallel_degree > 1
+
+
 def _warn_details_without_degree(config: JobConfig) -> Iterator[Problem]:
     """Settings of a parallelism that is off."""
     for degree_key, keys in _DETAILS.items():
@@ -196,12 +221,15 @@ def _warn_parallel(config: JobConfig) -> Iterator[Problem]:
             f"is {section.context_parallel_method}."
         )
         yield Problem(message, (_ROTATE, _METHOD))
-    shards = section.data_parallel_shard_degree != 1 or section.context_parallel_degree > 1
-    if section.fsdp_collectives == "copy_engine" and not shards:
-        message = (
-            f"{_COLLECTIVES} = copy_engine has no effect: {SHARD} and {CP} are 1, so that no weight is sharded by FSDP."
-        )
-        yield Problem(message, (_COLLECTIVES, SHARD, CP))
+    if _shards(config):
+        return
+    unused = {
+        _COLLECTIVES: section.fsdp_collectives == "copy_engine",
+        _WIRE: config.training.gradient_wire_dtype is not None and section.data_parallel_replicate_degree == 1,
+    }
+    for key in (key for key, is_set in unused.items() if is_set):
+        message = f"{key} = {get_value(config, key)} has no effect: {SHARD} and {CP} are 1, so that no weight is sharded by FSDP."
+        yield Problem(message, (key, SHARD, CP))
 
 
 def _warn_costs(config: JobConfig) -> Iterator[Problem]:
@@ -227,6 +255,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     _check_async_tensor_parallel,
     _check_muon,
     _check_copy_engine,
+    _check_gradient_wire,
 )
 
 PARALLEL_WARNING_RULES: tuple[Rule, ...] = (_warn_details_without_degree, _warn_parallel, _warn_costs)

@@ -20,6 +20,7 @@ from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_training import TrainingConfig
 from trainer.distributed.copy_engine import agree_on_obstacle, apply_copy_engine, find_obstacle
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.low_precision.gradient_wire import apply_float8_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def apply_data_parallel(
 
     Raises:
         ValueError: a glob of the plan matches nothing, mixed precision is asked for without a process group, or copy engines
-            where they cannot be used.
+            or gradients in float8 where they cannot be used.
     """
     if not dims.has_mesh:
         if training.mixed_precision_param != training.dtype:
@@ -78,6 +79,30 @@ def apply_data_parallel(
     # Under a pipeline ranks would wait for their device, to make buffers on first use, while neighbours wait for them.
     if parallelism.fsdp_collectives != "nccl" and dims.fsdp > 1 and dims.pp == 1:
         _use_copy_engine(model, experts=experts, dims=dims, parallelism=parallelism, training=training)
+    if training.gradient_wire_dtype == "float8":
+        _send_float8_gradients(model, dims=dims, parallelism=parallelism, training=training)
+
+
+def _send_float8_gradients(
+    model: nn.Module, *, dims: ParallelDims, parallelism: ParallelismConfig, training: TrainingConfig
+) -> None:
+    if dims.fsdp == 1 and dims.dp_replicate > 1:
+        raise ValueError(
+            "training.gradient_wire_dtype = 'float8' is for sharded weights, and there are only replicas, whose gradients are "
+            "all-reduced. Lower parallelism.data_parallel_replicate_degree, or leave it out"
+        )
+    if dims.fsdp == 1:
+        logger.info("training.gradient_wire_dtype = float8 has no effect: there is no other rank to send gradients to")
+        return
+    device = torch.device(dims.mesh("fsdp").device_type)
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(
+            f"training.gradient_wire_dtype = 'float8' needs GPUs of compute capability 8.9 or later, and this is "
+            f"{torch.cuda.get_device_name()}. Leave it out"
+        )
+    wire = _choose_wire_dtype(model, parallelism=parallelism, training=training, device=device)
+    apply_float8_gradients(_fsdp_modules(model), wire_dtype=wire, must_keep_apart=dims.tp > 1)
+    logger.info("FSDP sends gradients in float8 and adds them up in float32")
 
 
 def _use_copy_engine(
@@ -99,11 +124,20 @@ def _use_copy_engine(
             )
         logger.info("FSDP communicates through the process group's backend: %s", obstacle, extra={"is_fallback": True})
         return
+    wire = _choose_wire_dtype(model, parallelism=parallelism, training=training, device=device)
+    apply_copy_engine(model, group=mesh.get_group(), wire_dtype=wire, others=experts)
+    logger.info("FSDP communicates by copy engines, gradients as %s", wire)
+
+
+def _choose_wire_dtype(
+    model: nn.Module, *, parallelism: ParallelismConfig, training: TrainingConfig, device: torch.device
+) -> torch.dtype:
+    """Return in what dtype gradients lose nothing before they are summed."""
     accumulation = choose_accumulation(model, parallelism=parallelism, training=training, device=device)
     # Gradients that were added up over microbatches are fp32 already; any other is as exact in the dtype it was made in.
     wire = training.mixed_precision_param if accumulation == "sharded" else training.mixed_precision_reduce
-    apply_copy_engine(model, group=mesh.get_group(), wire_dtype=getattr(torch, wire), others=experts)
-    logger.info("FSDP communicates by copy engines, gradients as %s", wire)
+    dtype: torch.dtype = getattr(torch, wire)
+    return dtype
 
 
 def _get_wrapper(

@@ -231,3 +231,20 @@ def test_everything_is_found_at_once_and_a_wrong_degree_once():
         f"{METHOD} = ring",
     ]
     assert [p.startswith(start) for p, start in zip(problems, starts, strict=True)] == [True] * 4
+
+
+WIRE = {"training.gradient_wire_dtype": "float8"}
+
+
+@pytest.mark.parametrize("settings", [{}, {CP: 2, SHARD: 1}, {TP: 2}, {PP: 2}])
+def test_gradients_in_float8_go_with_what_shards(settings):
+    assert find(WIRE | settings) == ([], [])
+
+
+def test_gradients_in_float8_need_the_process_group_and_shards():
+    (problem,), _ = find(WIRE | {"parallelism.fsdp_collectives": "auto"})
+    assert "Use parallelism.fsdp_collectives = nccl" in problem
+    (problem,), _ = find(WIRE | {SHARD: 1, "parallelism.data_parallel_replicate_degree": 4})
+    assert "leaves replicas, whose gradients are all-reduced" in problem
+    _, (warning,) = find(WIRE | {SHARD: 1})
+    assert "training.gradient_wire_dtype = float8 has no effect" in warning

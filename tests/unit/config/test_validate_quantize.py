@@ -96,3 +96,26 @@ def test_settings_without_effect_are_warned_about():
     assert find(ON | delayed | {f"{FLOAT8}.enable_fsdp_float8_all_gather": True}) == ([], [])
     mixed = {f"{FLOAT8}.scaling_type_input": "static", f"{FLOAT8}.static_scale_input": 2.0}
     assert find(ON | mixed) == ([], [])
+
+
+@pytest.mark.parametrize(("level", "state_dtype"), [("O1", None), ("O2", "float8")])
+def test_opt_level_stands_for_settings_of_other_sections(level, state_dtype):
+    settings = ON | {f"{FLOAT8}.fp8_opt_level": level}
+    loaded = load_config([f"--{key}={value}" for key, value in settings.items()])
+    assert loaded.config.training.gradient_wire_dtype == "float8"
+    assert loaded.config.optimizer.state_dtype == state_dtype
+    assert loaded.origins["training.gradient_wire_dtype"] == "command line"
+    assert find(settings) == ([], [])
+
+
+def test_opt_level_with_another_value_of_what_it_means_is_a_problem():
+    settings = ON | {f"{FLOAT8}.fp8_opt_level": "O2", "optimizer.state_dtype": "bfloat16"}
+    (problem,) = load_config([f"--{key}={value}" for key, value in settings.items()]).problems
+    assert "fp8_opt_level = O2: means optimizer.state_dtype = float8, and bfloat16 is given" in str(problem)
+
+
+def test_opt_level_without_the_converter_has_no_effect():
+    loaded = load_config([f"--{FLOAT8}.fp8_opt_level=O2"])
+    assert loaded.config.training.gradient_wire_dtype is None
+    _, (warning,) = find({f"{FLOAT8}.fp8_opt_level": "O2"})
+    assert "fp8_opt_level = O2 has no effect" in warning
