@@ -184,10 +184,11 @@ def _local_gradient(parameter: Tensor) -> Tensor:
 
 
 def _update_plainly(
-    values: Tensor, grad: Tensor, first: Moment, second: Moment, step: Tensor, correction: Tensor, skip: None, *,
+    values: Tensor, grad: Tensor, first: Moment, second: Moment, step: Tensor, correction: Tensor, skip: Tensor | None, *,
     salt: int, lr: float, keep: float, l2: float, new1: float, new2: float, eps: float,
 ) -> None:  # fmt: skip
-    """What the kernel does, by torch's own operations."""
+    """What the kernel does, by torch's own operations, but for skipping."""
+    assert skip is None, "the caller skips where there is no kernel"
     param = values.float()
     grad = grad.float() + l2 * param if l2 else grad.float()
     first_bits, second_bits = None, None

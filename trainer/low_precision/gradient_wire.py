@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
@@ -41,6 +40,10 @@ class Blocks:
             starts.append(of_this + begin)
             lengths.append((size - of_this).clamp(max=BLOCK))
             begin += size
+        # Empty blocks at the end, for the bytes of each rank to begin where a GPU can move 16 at once.
+        padding = -sum(map(len, starts)) % 16
+        starts.append(torch.zeros(padding, dtype=torch.int64))
+        lengths.append(torch.zeros(padding, dtype=torch.int64))
         self.values = begin
         # What all starts are multiples of, for kernels to move several values at once.
         self.alignment = math.gcd(16, *sizes)
@@ -143,10 +146,9 @@ class Float8ReduceScatter(ReduceScatter):
         return self._blocks
 
 
-def apply_float8_gradients(modules: Iterable[nn.Module], *, wire_dtype: torch.dtype, must_keep_apart: bool) -> None:
+def apply_float8_gradients(modules: Iterable[FSDPModule], *, wire_dtype: torch.dtype, must_keep_apart: bool) -> None:
     """Have FSDP units reduce their gradients so. wire_dtype, must_keep_apart: as `Float8ReduceScatter`."""
     for module in modules:
-        assert isinstance(module, FSDPModule), "only FSDP units reduce gradients"
         group: Any = module._get_fsdp_state()._fsdp_param_group
         if group is not None:
             module.set_custom_reduce_scatter(
@@ -178,6 +180,6 @@ def _launch_sum(received: Tensor, blocks: Blocks, output: Tensor) -> None:
 
     with torch.cuda.device(received.device):
         sum_kernel[(triton.cdiv(len(blocks), _TILE),)](
-            received.view(_FLOAT8), received.view(torch.float32), blocks.starts, blocks.lengths, output, len(received),
-            len(blocks), ALIGNMENT=blocks.alignment, TILE=_TILE, BLOCK=BLOCK, num_warps=8,
+            received.view(_FLOAT8), received.view(torch.float32), blocks.starts, blocks.lengths, output, len(blocks),
+            RANKS=len(received), ALIGNMENT=blocks.alignment, TILE=_TILE, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

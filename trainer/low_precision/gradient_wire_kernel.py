@@ -44,8 +44,8 @@ def sum_kernel(
     starts_ptr,  # (blocks,), int64
     lengths_ptr,  # (blocks,), int32
     output_ptr,  # (values,)
-    n_ranks,
     n_blocks,
+    RANKS: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # what all starts are multiples of
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,8 +55,9 @@ def sum_kernel(
     offsets = tl.arange(0, BLOCK)
     is_block = blocks < n_blocks
     total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
-    for rank in range(n_ranks):
-        row = tl.cast(rank, tl.int64) * n_blocks * (BLOCK + 4)
+    row_bytes = n_blocks.to(tl.int64) * (BLOCK + 4)
+    for rank in range(RANKS):
+        row = rank * row_bytes
         codes = tl.load(codes_ptr + row + blocks[:, None] * BLOCK + offsets[None, :], mask=is_block[:, None], other=0.0)
         scales = tl.load(scales_ptr + (row + n_blocks * BLOCK) // 4 + blocks, mask=is_block, other=0.0)
         total += codes.to(tl.float32) * scales[:, None]
