@@ -73,7 +73,7 @@ def _count_midpoints(x, midpoints_ptr, BITS: tl.constexpr):
     """Return how many of 2^BITS - 1 ascending midpoints are not above x: the code of x."""
     codes = tl.zeros(x.shape, dtype=tl.int32)
     for position in tl.static_range(BITS):
-        half: tl.constexpr = 1 << (BITS - 1 - position)
+        half = 1 << (BITS - 1 - position)
         codes += tl.where(x >= tl.load(midpoints_ptr + codes + (half - 1)), half, 0)
     return codes
 

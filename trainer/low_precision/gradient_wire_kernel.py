@@ -15,7 +15,7 @@ def pack_kernel(
     scales_ptr,  # the same memory, as fp32
     n_values,
     n_blocks,
-    ALIGNMENT: tl.constexpr,  # what all starts are multiples of
+    ALIGNMENT: tl.constexpr,  # what all starts and lengths are multiples of
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -25,7 +25,7 @@ def pack_kernel(
     offsets = tl.arange(0, BLOCK)
     is_block = blocks < n_blocks
     starts = tl.multiple_of(tl.load(starts_ptr + blocks, mask=is_block, other=0), ALIGNMENT)
-    lengths = tl.load(lengths_ptr + blocks, mask=is_block, other=0)
+    lengths = tl.multiple_of(tl.load(lengths_ptr + blocks, mask=is_block, other=0), ALIGNMENT)
     is_inside = offsets[None, :] < lengths[:, None]
     places = rank * n_values + starts[:, None] + offsets[None, :]
     values = tl.load(gradients_ptr + places, mask=is_inside, other=0.0).to(tl.float32)
@@ -46,7 +46,7 @@ def sum_kernel(
     output_ptr,  # (values,)
     n_blocks,
     RANKS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,  # what all starts are multiples of
+    ALIGNMENT: tl.constexpr,  # what all starts and lengths are multiples of
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,7 +62,7 @@ def sum_kernel(
         scales = tl.load(scales_ptr + (row + n_blocks * BLOCK) // 4 + blocks, mask=is_block, other=0.0)
         total += codes.to(tl.float32) * scales[:, None]
     starts = tl.multiple_of(tl.load(starts_ptr + blocks, mask=is_block, other=0), ALIGNMENT)
-    lengths = tl.load(lengths_ptr + blocks, mask=is_block, other=0)
+    lengths = tl.multiple_of(tl.load(lengths_ptr + blocks, mask=is_block, other=0), ALIGNMENT)
     is_inside = offsets[None, :] < lengths[:, None]
     places = starts[:, None] + offsets[None, :]
     tl.store(output_ptr + places, total.to(output_ptr.dtype.element_ty), mask=is_inside)
