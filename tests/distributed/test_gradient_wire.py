@@ -19,8 +19,7 @@ def case(name: str, parallelism: dict[str, Any], base: Any = ARGS, **more: Any) 
 
 
 CASES = (
-    case("fsdp", {"fsdp_accumulation": "sharded"}, microbatches=2),
-    case("hsdp", HSDP),
+    case("hsdp", {**HSDP, "fsdp_accumulation": "sharded"}, microbatches=2),
     case("tp", {"tensor_parallel_degree": 2}),
     case("experts", {"expert_parallel_degree": 2}, EXPERT_ARGS),
 )

@@ -15,6 +15,13 @@ def _mix(x):
 
 
 @triton.jit
+def _draw_bits(step, salt, places):
+    """Return 32 random bits for each place, as `moments.draw_bits`. step: fp32."""
+    seed = _mix(step.to(tl.int64).to(tl.uint32) * 0x9E3779B1 + salt.to(tl.uint32) * 0x27D4EB2F)
+    return _mix(places.to(tl.uint32) + seed)
+
+
+@triton.jit
 def _round_stochastically(x, bits):
     raised = ((x.to(tl.int32, bitcast=True) + bits.to(tl.int32)) & -0x10000).to(tl.float32, bitcast=True)
     is_finite = tl.abs(x) < float("inf")
@@ -80,8 +87,7 @@ def _count_midpoints(x, midpoints_ptr, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["salt"])
 def adam_kernel(
-    param_ptr,  # (numel,)
-    grad_ptr,  # (numel,)
+    param_ptr, grad_ptr,  # (numel,)
     first_ptr, first_scales_ptr, first_values_ptr, first_midpoints_ptr,  # exp_avg; what its kind has not is not read
     second_ptr, second_scales_ptr, second_values_ptr, second_midpoints_ptr,  # exp_avg_sq
     step_ptr,  # (), fp32: steps taken, with this one
@@ -89,17 +95,11 @@ def adam_kernel(
     skip_ptr,  # (), fp32: leave all as it is unless 0
     numel,
     lr,
-    keep,  # what decoupled weight decay leaves of a parameter
-    l2,  # weight decay as a part of the gradient
-    new1,  # 1 - beta1
-    new2,  # 1 - beta2
+    keep, l2,  # what decoupled weight decay leaves of a parameter; weight decay as a part of the gradient
+    new1, new2,  # 1 - beta1, 1 - beta2
     eps,
     salt,  # (of the random bits)
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, HAS_SKIP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one tile, TILE x BLOCK values, of a parameter and of its moments."""
     if HAS_SKIP:  # noqa: SIM102  (known when compiled, the other when run)
@@ -119,9 +119,7 @@ def adam_kernel(
     param = param * keep - lr * (first / tl.load(corrections_ptr)) / denominator
     tl.store(param_ptr + places, param.to(param_ptr.dtype.element_ty), mask=is_inside)
 
-    step = tl.load(step_ptr).to(tl.int64).to(tl.uint32)
-    seed = _mix(step * 0x9E3779B1 + salt.to(tl.uint32) * 0x27D4EB2F)
-    bits = _mix(places.to(tl.uint32) + seed)
+    bits = _draw_bits(tl.load(step_ptr), salt, places)
     _write(
         first_ptr,
         first_scales_ptr,

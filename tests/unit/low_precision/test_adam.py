@@ -181,3 +181,13 @@ def test_second_moment_in_bfloat16_falls_again_with_a_beta2_near_one():
 )  # fmt: skip
 def test_blocks_divide_the_last_dim_on_a_rank(shape, shards, block):
     assert choose_block("float8", torch.Size(shape), shards) == block
+
+
+def test_state_in_float32_can_be_gone_on_from_in_bfloat16_but_codes_cannot():
+    _, optimizers = train(OptimizerConfig(lr=0.01))
+    saved = optimizers.state_dict()
+    resumed = build_optimizer(make_model(), section=SECTIONS["bfloat16"])
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state_dict()["state.weight.exp_avg"], saved["state.weight.exp_avg"].bfloat16())
+    with pytest.raises(ValueError, match=r"does not fit: missing .*exp_avg_codes"):
+        build_optimizer(make_model(), section=SECTIONS["AdamW8bit"]).load_state_dict(saved)
