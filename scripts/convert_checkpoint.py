@@ -7,7 +7,6 @@ one, so that memory holds a few of them at most, whatever the size of the model.
 """
 
 import argparse
-import importlib
 import logging
 import os
 import shutil
@@ -32,9 +31,8 @@ from trainer.components.native_weights import NativeWeights, write_native
 from trainer.components.network import Network, find_saved_model
 from trainer.components.tokenizer import Tokenizer, build_tokenizer
 from trainer.components.tokenizer_files import copy_tokenizer_files
+from trainer.components.tools import add_import, import_custom, run_tool
 
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
 _GIGA = 10**9
 
 
@@ -64,9 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one tensor for the matrices of all experts, as in transformers' memory; its own files have one for each expert",
     )
-    to_hf.add_argument(
-        "--import", dest="custom_import", metavar="MODULE", help="module of yours that registers the model"
-    )
+    add_import(to_hf, registers="the model")
     return parser
 
 
@@ -76,21 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.shard_size <= 0:
         parser.error("--shard-size must be above 0")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return 0
+    return run_tool(lambda: run(options), if_interrupted="interrupted; nothing was written")
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.custom_import:
-        sys.path.insert(0, "")
-        importlib.import_module(options.custom_import)
+    import_custom(options.custom_import)
     if options.output.exists():
         raise ValueError(f"{options.output} exists: name a new folder, or remove it")
     convert = convert_from_hf if is_hf_folder(options.source) else convert_to_hf

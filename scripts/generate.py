@@ -11,7 +11,6 @@ the model has it.
 
 import argparse
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -34,14 +33,13 @@ from trainer.components.hf_files import HFFolder, is_hf_folder
 from trainer.components.native_weights import NativeWeights
 from trainer.components.network import Network, find_saved_model
 from trainer.components.tokenizer import Tokenizer, build_tokenizer
+from trainer.components.tools import add_import, import_custom, run_tool
 from trainer.config.manager import load_config
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import materialize
 from trainer.parallelize import parallelize
 
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -74,9 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, metavar="N", help="processes that share each matrix (%(default)s)"
     )
-    parser.add_argument(
-        "--import", dest="custom_import", metavar="MODULE", help="module of yours that registers the model"
-    )
+    add_import(parser, registers="the model")
     return parser
 
 
@@ -108,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--max-new-tokens and --tensor-parallel must be at least 1")
     processes = Processes(*(int(os.environ.get(name, default)) for name, default in _LAUNCH.items()))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+
+    def sample() -> None:
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         prompts = [*options.prompt, *(Path(file).read_text(encoding="utf-8") for file in options.prompt_file)]
         if not prompts:
@@ -120,13 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         with process_group(processes):
             run(options, prompts, sampling, processes)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if processes.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return 0
+
+    return run_tool(sample, speaks=processes.rank == 0)
 
 
 _LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
@@ -147,9 +139,7 @@ def process_group(processes: Processes) -> Any:
 
 
 def run(options: argparse.Namespace, prompts: Sequence[str], sampling: Sampling, processes: Processes) -> None:
-    if options.custom_import:
-        sys.path.insert(0, "")
-        importlib.import_module(options.custom_import)
+    import_custom(options.custom_import)
     path = find_checkpoint(options.checkpoint)
     network, tokenizer = describe(path, options)
     if tokenizer.vocab_size > network.args.vocab_size:

@@ -5,7 +5,6 @@ Interrupted (Ctrl-C, a full disk, a lost machine), it goes on from the last whol
 """
 
 import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,8 @@ from trainer.components.data.prepare import PrepareStats, prepare_source
 from trainer.components.data.sources import HUGGING_FACE_PREFIX, PREPARED, SOURCES
 from trainer.components.data.token_files import DEFAULT_SHARD_TOKENS, TokenDataset
 from trainer.components.tokenizer import build_tokenizer
+from trainer.components.tools import add_import, import_custom, run_tool
 from trainer.config.schema import DataConfig
-
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-bad-rows", type=int, default=defaults.max_bad_rows, help="bad rows to bear (%(default)s)"
     )
-    parser.add_argument("--import", dest="custom_import", help="module of yours that registers a data set")
+    add_import(parser, registers="a data set")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare with the checksums")
     return parser
 
@@ -61,24 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.shard_tokens < 1 or options.workers < 0:
         parser.error("--shard-tokens must be at least 1, --workers at least 0")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("interrupted; whole shards were kept: start again to go on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return 0
+    message = "interrupted; whole shards were kept: start again to go on from there"
+    return run_tool(lambda: run(options), if_interrupted=message)
 
 
 def run(options: argparse.Namespace) -> None:
     if options.dataset is None:
         dataset = TokenDataset.open(options.output)
     else:
-        if options.custom_import:
-            sys.path.insert(0, "")
-            importlib.import_module(options.custom_import)
+        import_custom(options.custom_import)
         data = DataConfig(
             text_key=options.text_key,
             split=options.split,

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BAD_CONFIGURATION = 2
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+_EARLY = " before training began"
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -65,8 +66,8 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
         try:
             return _train(loaded, environment, status, signals, rank=rank, world_size=world_size)
         except StopRequestedError:
-            logger.warning("%s came before training began", signals.requested)
-            status.write("preempted", step=0, reason=f"{signals.requested} before training began")
+            logger.warning("%s%s: the run ends", signals.requested, _EARLY, extra={"same_on_all_ranks": True})
+            status.write("preempted", step=0, reason=f"{signals.requested}{_EARLY}")
             return 0
 
 
@@ -104,7 +105,8 @@ def _train(
         return 0 if trainer is None else trainer.state.step
 
     def tell_of_leaving(message: str | None) -> None:
-        status.write("preempted" if message is None else "failed", step=get_step(), reason=message or "SIGTERM")
+        reason = message or f"{signals.requested or 'SIGTERM'}{'' if trainer else _EARLY}"
+        status.write("preempted" if message is None else "failed", step=get_step(), reason=reason)
 
     watchdog = Watchdog(config.comm, signals=signals, on_leave=tell_of_leaving)
 

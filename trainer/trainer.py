@@ -45,7 +45,7 @@ from trainer.distributed.compile import compiles_model
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage
-from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, set_timeouts
+from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, open_store, set_timeouts
 from trainer.distributed.startup_probe import run_startup_probe
 from trainer.distributed.stop_signals import StopSignals
 from trainer.distributed.watchdog import Watchdog
@@ -59,9 +59,7 @@ logger = logging.getLogger(__name__)
 class Trainer(AbstractContextManager):
     """One run: its parts, and the loop over steps. Use it in a `with` statement, which closes what the parts hold open."""
 
-    def __init__(
-        self, config: JobConfig, launch: Launch, watchdog: Watchdog, signals: StopSignals | None = None
-    ) -> None:
+    def __init__(self, config: JobConfig, launch: Launch, watchdog: Watchdog, signals: StopSignals) -> None:
         """Build all parts. Collective: every rank calls it. signals: what asks this process to stop."""
         self.watchdog = watchdog
         self.config = config
@@ -76,18 +74,20 @@ class Trainer(AbstractContextManager):
         self.device = use_device(launch.local_rank)
         set_determinism(debug=config.debug, seed=self.seed, rank=launch.rank)
 
+        store = open_store(comm=config.comm, rank=launch.rank, world_size=launch.world_size, watchdog=watchdog)
         # Token files are made on first use, which can take longer than a collective may: hence before the process group.
-        self.tokenizer = build_tokenizer(config.model.hf_assets_path)
-        self.dataloader = self._build_dataloader()
-        self.validation_loader = self._build_validation_loader()
+        with signals.interrupting():
+            self.tokenizer = build_tokenizer(config.model.hf_assets_path)
+            self.dataloader = self._build_dataloader()
+            self.validation_loader = self._build_validation_loader()
         init_process_group(
+            store,
             comm=config.comm,
             device_type=self.device.type,
             dump_folder=self.dump_folder,
             rank=launch.rank,
             world_size=launch.world_size,
             needs_cpu_backend=config.training.enable_cpu_offload or config.checkpoint.async_mode != "disabled",
-            watchdog=watchdog,
         )
         self.stopper = build_stopper(signals=signals, ends_at=launch.ends_at, device=self.device)
         self.dims.build_mesh(self.device.type)

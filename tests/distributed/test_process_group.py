@@ -25,7 +25,7 @@ def _start_alone(dump_folder: str) -> dict[str, str]:
     dist.destroy_process_group()
     comm = CommConfig(init_timeout_seconds=77, trace_buf_size=123)
     os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "user"
-    init_process_group(comm=comm, device_type="cpu", dump_folder=dump_folder)
+    init_process_group(dist.HashStore(), comm=comm, device_type="cpu", dump_folder=dump_folder)
     dims = ParallelDims(world_size=1)
     dims.build_mesh("cpu")
     assert _timeouts(dims) == {timedelta(seconds=77)}
@@ -69,7 +69,7 @@ def test_what_differs_between_ranks_is_named_on_all_of_them() -> None:
 def _start_without_recorder(dump_folder: str) -> str | None:
     dist.destroy_process_group()
     os.environ.pop("TORCH_FR_BUFFER_SIZE", None)
-    init_process_group(comm=CommConfig(trace_buf_size=0), device_type="cpu", dump_folder=dump_folder)
+    init_process_group(dist.HashStore(), comm=CommConfig(trace_buf_size=0), device_type="cpu", dump_folder=dump_folder)
     return os.environ.get("TORCH_FR_BUFFER_SIZE")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ import torch.distributed as dist
 
 from tests.distributed.harness import _PRELOAD
 from trainer.config.schema_parallel import CommConfig
-from trainer.distributed.process_group import init_process_group
+from trainer.distributed.process_group import init_process_group, open_store
 from trainer.distributed.watchdog import Watchdog, is_peer_error
-from trainer.distributed.watchdog_message import describe, find_cause, write_ranges
+from trainer.distributed.watchdog_message import Cause, describe, find_cause, write_ranges
 from trainer.distributed.watchdog_report import Report, Wait, describe_entry, find_pending, pack_ranks, unpack_ranks
 
 HOST = socket.gethostname()
@@ -85,8 +86,9 @@ def _run_rank(fn: Callable, rank: int, port: int, folder: Path, init_timeout: fl
         with Watchdog(comm) as watchdog:
             if port:
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                options = {"comm": comm, "device_type": "cpu", "dump_folder": folder, "watchdog": watchdog}
-                init_process_group(**options, rank=rank, world_size=WORLD_SIZE)
+                options: dict[str, Any] = {"comm": comm, "rank": rank, "world_size": WORLD_SIZE}
+                opened = open_store(**options, watchdog=watchdog)
+                init_process_group(opened, **options, device_type="cpu", dump_folder=folder)
             else:
                 store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
                 watchdog.start(store, rank=rank, world_size=WORLD_SIZE)
@@ -402,6 +404,14 @@ def test_collective_that_all_are_in_blames_the_device() -> None:
     message = describe(cause, reports, now=90.0)
     assert "in step 5 for 80 s: all ranks have begun the same collective" in message
     assert "Ranks 0-1 wait in all_gather_into_tensor of group 'mesh_fsdp'" in message
+
+
+def test_rank_that_waits_for_a_batch_of_validation_waits_for_its_data() -> None:
+    place = "get (trainer/components/data/prefetch.py:97), called from run (trainer/components/validation.py:52)"
+    for phase, step, says_so in (("validation", 5, True), ("forward", 5, True), ("start", 0, False)):
+        reports = {0: make_report(0, FSDP), 2: make_report(2, phase=phase, step=step, place=place)}
+        message = describe(Cause("stalled", (2,)), reports, now=90.0)
+        assert ("it waits for its data" in message) == says_so
 
 
 def test_ranks_of_a_dead_host_are_one_clause() -> None:

@@ -178,6 +178,7 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None, variab
         tempfile.TemporaryFile("w+") as stderr,
         mock.patch.object(trainer_module, "Trainer", probe),
         # The process group of the test stays.
+        mock.patch.object(trainer_module, "open_store"),
         mock.patch.object(trainer_module, "init_process_group"),
         mock.patch.object(dist, "destroy_process_group"),
         mock.patch.object(checkpoint_files, "write_manifest", write_manifest_slowly),

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 
 
@@ -44,3 +45,17 @@ def freeze() -> None:
 
 def stall() -> None:
     time.sleep(300)
+
+
+def wait_for_data_while_another_is_told_to_stop() -> None:
+    """Rank 0 prepares data; rank 1 has its, and waits for rank 0 in C code when the signal comes."""
+    if os.environ["RANK"] == "0":
+        time.sleep(300)
+    threading.Timer(0.5, send_usr1).start()
+
+
+def be_told_to_stop_while_another_waits() -> None:
+    """Rank 1 is stopped while it prepares data; rank 0 has its, and waits for rank 1 in C code."""
+    if os.environ["RANK"] == "1":
+        time.sleep(0.5)
+        send_term()

@@ -22,7 +22,7 @@ from tests.distributed.harness import _PRELOAD, _VISIBLE_GPUS
 from tests.distributed.training import Run
 from trainer.components.run_status import STATUS_FILE
 
-Place = Literal["forward", "data", "save", "saved", "validation", "compile", "start"]
+Place = Literal["forward", "data", "save", "saved", "validation", "compile", "start", "prepare"]
 Action = Callable[[], None]
 
 # How long torchrun waits after SIGTERM before it kills.
@@ -34,7 +34,8 @@ class Fault:
     """What happens on some ranks at a place of a run.
 
     place: `forward` of a step; `data`, before its batch is there; `save`, when a rank has written its tensors; `saved`, before rank 0 makes the
-    checkpoint whole; `validation`, after its first batch; `compile`; `start`, before the first step.
+    checkpoint whole; `validation`, after its first batch; `compile`; `start`, before the first step;
+    `prepare`, before data are prepared, and ranks talk to each other.
     action: an importable function without arguments. step: that is under way; 0 counts for any.
     """
 
@@ -240,6 +241,7 @@ def _inject(fault: Fault, mark: Path, *, is_hit: bool) -> Iterator[None]:
         "saved": lambda: mock.patch.object(checkpoint_files, "commit", commit),
         "validation": lambda: mock.patch("trainer.trainer.Validator", WatchedValidator),
         "start": lambda: before(Trainer, "_take_steps"),
+        "prepare": lambda: before(Trainer, "_build_dataloader"),
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(before(Trainer, "train_step", act=False))

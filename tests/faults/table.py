@@ -102,7 +102,11 @@ ROWS = (
         12,
         "signals twice; in a save, a validation, compilation, before the first step",
         "one save, a bounded end",
-        (f"{STOP}::test_signal_stops_all_ranks_at_one_step_with_one_save",),
+        (
+            f"{STOP}::test_signal_stops_all_ranks_at_one_step_with_one_save",
+            f"{STOP}::test_signal_to_one_rank_before_training_ends_all",
+            "tests/unit/distributed/test_compile.py::test_processes_that_compile_are_deaf_to_stop_signals",
+        ),
     ),
     Row(
         13,

@@ -3,7 +3,14 @@
 import pytest
 
 from tests.distributed.training import Run
-from tests.faults.actions import send_both, send_term, send_term_twice, send_usr1
+from tests.faults.actions import (
+    be_told_to_stop_while_another_waits,
+    send_both,
+    send_term,
+    send_term_twice,
+    send_usr1,
+    wait_for_data_while_another_is_told_to_stop,
+)
 from tests.faults.harness import Fault, run_job
 from trainer.components.checkpoint_files import list_steps
 
@@ -77,6 +84,20 @@ def test_signal_stops_all_ranks_at_one_step_with_one_save(run, whole, fault, opt
     assert run_job(run, 2, *OPTIONS).status["status"] == "complete"
     assert run.curve() == whole.curve()
     assert run.curve("grad_norm") == whole.curve("grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("action", "name"),
+    [(wait_for_data_while_another_is_told_to_stop, "SIGUSR1"), (be_told_to_stop_while_another_waits, "SIGTERM")],
+)
+def test_signal_to_one_rank_before_training_ends_all(run, action, name) -> None:
+    ended = run_job(run, 2, *OPTIONS, "--comm.heartbeat_seconds=1", fault=Fault("prepare", action, ranks=(0, 1)))
+    assert ended.exit_codes == [0, 0], ended.output
+    assert ended.seconds < SECONDS
+    assert "Traceback" not in ended.output
+    assert {key: ended.status[key] for key in ("status", "step", "reason")} == {
+        "status": "preempted", "step": 0, "reason": f"{name} before training began",
+    }  # fmt: skip
 
 
 def test_time_limit_stops_and_saves_before_it_is_over(run) -> None:

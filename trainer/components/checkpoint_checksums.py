@@ -118,8 +118,9 @@ def sum_file(path: Path, pool: ThreadPoolExecutor) -> FileSum:
 class ChecksumWriter(dcp.FileSystemWriter):
     """Writes the tensors of one rank as DCP does, synced to stable storage, and sums each file while it is written."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, sync_files=True)
+    def __init__(self, path: Path, *, reads_ahead: bool = True) -> None:
+        """reads_ahead: where there is a GPU, copy the next tensors from it while one is written."""
+        super().__init__(path, sync_files=True, per_thread_copy_ahead=10_000_000 if reads_ahead else 0)
         self._summing = _SummingFileSystem()
         self.fs = self._summing
 

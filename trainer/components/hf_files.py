@@ -81,17 +81,20 @@ class HFFolder:
 
     def _read_headers(self, weight_map: Mapping[str, str] | None) -> None:
         for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]:
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118  # no mapping: `in` is not for it
-                if weight_map is not None and weight_map.get(name) != file:
-                    continue  # the index decides
-                view = handle.get_slice(name)
-                self.tensors[name] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
+            self._read_header(file, weight_map)
         lost = sorted(set(weight_map or ()) - self.tensors.keys())
         if lost:
             raise ValueError(
                 f"{self.path / INDEX_NAME} promises {_count(lost)}, but the files do not have them: the folder is incomplete"
             )
+
+    def _read_header(self, file: str, weight_map: Mapping[str, str] | None) -> None:
+        handle = self._handle(file)
+        for name in handle.keys():  # noqa: SIM118  # no mapping: `in` is not for it
+            if weight_map is not None and weight_map.get(name) != file:
+                continue  # the index decides
+            view = handle.get_slice(name)
+            self.tensors[name] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
 
     def _set_scales_aside(self) -> None:
         """Show weights in fp8 as what is read of them."""

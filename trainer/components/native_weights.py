@@ -103,7 +103,7 @@ def write_native(
     # Empty tensors without memory stand for the content: the planner has what is written.
     names = {f"{MODEL}.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
     others = [path.name for path in folder.iterdir()]
-    writer = ChecksumWriter(folder)
+    writer = ChecksumWriter(folder, reads_ahead=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.save(names, storage_writer=writer, planner=planner, no_dist=True)
@@ -124,7 +124,11 @@ def write_native(
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Cuts tensors into pieces of rows, and fetches each when it is written."""
+    """Cuts tensors into pieces of rows, fetches each when it is written, and lets go of it when the next one is.
+
+    DCP keeps every tensor until its file is complete (seen in 2.11 and 2.13): the memory is taken away from under it. So it must not
+    ask for a piece before the one before is written.
+    """
 
     def __init__(
         self,
@@ -137,6 +141,7 @@ class _StreamingPlanner(DefaultSavePlanner):
         self._shapes, self._dtypes = shapes, dtypes
         self._read_rows, self._on_written = read_rows, on_written
         self._pieces: dict[MetadataIndex, tuple[str, int, int]] = {}
+        self._written: Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
         items = [item for name in self._shapes for item in self._cut(name)]
@@ -159,7 +164,10 @@ class _StreamingPlanner(DefaultSavePlanner):
         return items
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        if self._written is not None:
+            self._written.untyped_storage().resize_(0)
         name, begin, count = self._pieces[write_item.index]
-        piece = self._read_rows(name, begin, count).to(self._dtypes[name])
+        # A copy: what is read may be a view of the file, and keep the whole of it mapped.
+        self._written = piece = self._read_rows(name, begin, count).to(self._dtypes[name], copy=True)
         self._on_written(piece.nbytes)
         return piece

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from models.common.token_dispatch import Rows
 from models.plan import ParallelPlan
 from trainer.config.schema_parallel import CompileConfig
 from trainer.distributed.activation_checkpoint import replace_methods
+from trainer.distributed.stop_signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,24 @@ def apply_compile(
     modules = dict(model.named_modules())
     for name, pieces in plan.list_pieces(modules, spreads_experts=spreads_experts).items():
         replace_methods(modules[name], pieces, lambda method: _mark_rows(compiled(method)))
+    if section.backend == "inductor":
+        _start_workers()
     _log_compile_times()
+
+
+def _start_workers() -> None:
+    """Start inductor's own processes, which it would do in the first compilation, deaf to the signals that ask a run to stop.
+
+    SLURM sends these to all processes of a job. Without them the compilation that is under way would fail, and the run with it. They
+    end with this process.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool  # a second of imports, for compilation alone
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a program inherits what is blocked
+    try:
+        maybe_warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _mark_rows(compiled: Callable[..., Any]) -> Callable[..., Any]:

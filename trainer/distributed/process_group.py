@@ -20,7 +20,25 @@ from trainer.distributed.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
+def open_store(*, comm: CommConfig, rank: int, world_size: int, watchdog: Watchdog | None = None) -> dist.Store:
+    """Return the store by which processes find each other, long before there is a group of them.
+
+    One process needs no launcher. Several are found by the variables that torchrun sets (MASTER_ADDR, MASTER_PORT).
+    `watchdog` is started, so that it names ranks that do not come, and tells all when one is told to stop.
+    """
+    if world_size == 1:
+        return dist.HashStore()
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    # 1, not world_size: where rank 0 holds the store it would wait here for all others, with no watchdog yet.
+    store, _, _ = next(rendezvous("env://", rank, 1, timeout=timeout))
+    store.set_timeout(timeout)
+    if watchdog is not None:
+        watchdog.start(store, rank=rank, world_size=world_size)
+    return store
+
+
 def init_process_group(
+    store: dist.Store,
     *,
     comm: CommConfig,
     device_type: str,
@@ -28,13 +46,11 @@ def init_process_group(
     rank: int = 0,
     world_size: int = 1,
     needs_cpu_backend: bool = False,
-    watchdog: Watchdog | None = None,
 ) -> None:
     """Start the process group, with the long timeout that set-up and compilation need.
 
-    One process needs no launcher. Several are found by the variables that torchrun sets (MASTER_ADDR, MASTER_PORT).
-    On CUDA the device must be set before. `needs_cpu_backend` adds gloo for tensors in host memory: CPU offload and
-    asynchronous checkpoints. `watchdog` is started as soon as there is a store, so that it names ranks that do not come.
+    store: from `open_store`. On CUDA the device must be set before. `needs_cpu_backend` adds gloo for tensors in host memory: CPU
+    offload and asynchronous checkpoints.
     """
     if comm.trace_buf_size > 0:
         _enable_flight_recorder(comm, Path(dump_folder))
@@ -43,16 +59,8 @@ def init_process_group(
     guard_compile_cache()  # with a process group come DTensors
     backend = get_backend(device_type, needs_cpu_backend)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
-    if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        # 1, not world_size: where rank 0 holds the store it would wait here for all others, with no watchdog yet.
-        store, _, _ = next(rendezvous("env://", rank, 1, timeout=timeout))
-        store.set_timeout(timeout)
-        if watchdog is not None:
-            watchdog.start(store, rank=rank, world_size=world_size)
-        store = dist.PrefixStore("default_pg", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    store = dist.PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def get_backend(device_type: str, needs_cpu_backend: bool = False) -> str:

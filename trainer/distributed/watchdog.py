@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from trainer.config.schema_parallel import CommConfig
 from trainer.distributed.stop_signals import StopRequestedError, StopSignals
+from trainer.distributed.watchdog_early_stop import EarlyStop
 from trainer.distributed.watchdog_host import Bell, get_process_namespace, get_process_state
 from trainer.distributed.watchdog_message import Cause, describe, describe_lost_store, find_cause, has_answered
 from trainer.distributed.watchdog_report import (
@@ -45,6 +47,8 @@ _LONGEST_HEARTBEAT = 0.05
 _SHORTEST_ANSWER_SECONDS = 1.0
 # Once the cause is certain others have this long to say what they are in, in seconds.
 _GRACE_SECONDS = 0.5
+# The main thread has this long to end by itself when the run is told to stop before training has begun.
+_LEAVE_SECONDS = 2.0
 _PEER_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
@@ -61,8 +65,8 @@ class Watchdog(AbstractContextManager):
         signals: StopSignals | None = None,
         on_leave: Callable[[str | None], None] | None = None,
     ) -> None:
-        """signals: what handles SIGTERM, if the program does. on_leave: called on the watchdog's thread right before it ends the
-        process for a SIGTERM, with what is known of a death or stall behind it.
+        """signals: what handles stop signals, if the program does. on_leave: called on the watchdog's thread right before it ends
+        the process for one, with what is known of a death or stall behind it.
         """
         self.signals = signals
         self.on_leave = on_leave
@@ -78,7 +82,8 @@ class Watchdog(AbstractContextManager):
 
         store: that of the process group; the watchdog clones it. On the main thread SIGTERM is held up until the cause
         has been looked for, unless the program handles it: launchers end the survivors of a death with it, at once. Where
-        `signals` handles it, the watchdog ends the process in that case alone, and leaves a mere request to stop to the program.
+        `signals` handles it, the watchdog ends the process in that case, and otherwise leaves a request to stop to the program; but
+        before the first step (`progress`) one of any rank ends all, with exit code 0.
         """
         if world_size > 1 and self._heartbeat_seconds and self._watch is None:
             self._at = (0, "start", time.time())
@@ -137,6 +142,7 @@ class _Watch:
         self._host, self._namespace = socket.gethostname(), get_process_namespace()
         self._line = StoreLine(store, timeout=max(watchdog.interval, 1.0))
         self._bell = Bell(watchdog.signals)
+        self._early_stop = EarlyStop(self._line, self._bell, watchdog.signals)
         self._is_closing = False
         # Why this rank ends, if it does: set by the training thread.
         self._end = ""
@@ -181,6 +187,7 @@ class _Watch:
             return self._message
         if isinstance(error, StopRequestedError):
             self._end = "SIGTERM"
+            self._early_stop.tell(str(error))
         else:
             interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
             self._end = "Ctrl-C" if interrupted else f"failed: {_first_line(error)}"
@@ -194,23 +201,31 @@ class _Watch:
         self._bell.ring()
         self._thread.join(self._watchdog.interval + 2.0)
         with contextlib.suppress(NoAnswerError):
-            self._line.add("closed", 1)
             if not self._end:
                 self._end = "finished"
                 self._line.post(self._make_report())
-            if self._rank == 0:
-                # This process may hold the store, and others may have the message still to read.
-                patience = 1.0 + (0.0 if self._end == "finished" else self._watchdog.interval)
-                count = self._world_size - len(self._find_dead_neighbours())
-                wait_until(lambda: self._line.add("closed", 0) >= count, patience)
+            self._part()
         self._line.close()
         self._bell.close()
+
+    def _part(self) -> None:
+        """Wait for the others before this rank ends, if it is the first: it may hold the store, in which they have something to read."""
+        self._line.add("closed", 1)
+        if self._rank == 0:
+            patience = 1.0 + (0.0 if self._end == "finished" else self._watchdog.interval)
+            if not self._watchdog.at[0]:  # they read at their next heartbeat, and then may take their time
+                patience += self._watchdog.interval + _LEAVE_SECONDS
+            count = self._world_size - len(self._find_dead_neighbours())
+            wait_until(lambda: self._line.add("closed", 0) >= count, patience)
 
     # --- the thread ---
 
     def _run(self) -> None:
         try:
             while not self._is_closing:
+                if self._is_stopped_early():
+                    self._leave_early()
+                    return
                 self._look()
                 self._bell.rest(self._watchdog.interval)
                 if self._bell.is_terminated and self._must_leave():
@@ -407,10 +422,12 @@ class _Watch:
         self._settle(message)
 
     def _must_leave(self) -> bool:
-        """Return whether SIGTERM ends this process: unless the training thread sees to it, and can since nobody has died."""
+        """Return whether SIGTERM ends this process: unless the program sees to it, and can since nobody has died."""
         signals = self._watchdog.signals
-        if signals is None or not (signals.is_installed and signals.is_polled):
+        if signals is None or not signals.is_installed:
             return True
+        if self._end == "SIGTERM":
+            return False  # the main thread is on its way
         if self._end or self._is_settled.is_set() or self._find_dead_neighbours():
             return True
         try:
@@ -436,6 +453,33 @@ class _Watch:
         if self._watchdog.on_leave is not None:
             self._watchdog.on_leave(self._message)
         self._bell.die()
+
+    def _is_stopped_early(self) -> bool:
+        """Return whether this rank or another was told to stop before training began; tell the others."""
+        signals = self._watchdog.signals
+        if (
+            self._watchdog.at[0]
+            or signals is None
+            or not signals.is_installed
+            or self._end.partition(":")[0] not in ("", "lost")
+        ):
+            return False
+        if self._bell.is_terminated and self._must_leave():
+            return False
+        return self._early_stop.is_due()
+
+    def _leave_early(self) -> None:
+        """End this process, which has nothing to save yet. The main thread does it, unless it is in C code."""
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if wait_until(lambda: self._end == "SIGTERM" or self._is_closing, _LEAVE_SECONDS):
+            return
+        self._end = "SIGTERM"
+        if self._watchdog.on_leave is not None:
+            self._watchdog.on_leave(None)
+        with contextlib.suppress(NoAnswerError):
+            self._line.post(self._make_report())
+            self._part()
+        os._exit(0)
 
 
 def is_peer_error(error: BaseException) -> bool:

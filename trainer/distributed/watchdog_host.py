@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Literal
 
-from trainer.distributed.stop_signals import StopSignals
+from trainer.distributed.stop_signals import SIGNALS, StopSignals
 
 
 def get_process_namespace() -> int:
@@ -48,6 +48,8 @@ class Bell:
         self._catches = False
         self.is_terminated = False
         """Whether SIGTERM has come."""
+        self.asked_by = ""
+        """Name of the stop signal that came last, on its way to `signals`. Empty: none."""
         on_main_thread = threading.current_thread() is threading.main_thread()
         is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if on_main_thread and (is_default or self._is_handled_by_signals()):
@@ -73,10 +75,12 @@ class Bell:
         ready, _, _ = select.select([self._reader], [], [], max(0.0, seconds))
         if ready:
             with contextlib.suppress(BlockingIOError):
-                came = signal.SIGTERM in self._reader.recv(4096)
+                numbers = self._reader.recv(4096)
                 # The program may have taken the signal since.
                 is_ours = signal.getsignal(signal.SIGTERM) is _wait_for_the_thread or self._is_handled_by_signals()
-                self.is_terminated |= came and self._catches and is_ours
+                if self._catches and is_ours:
+                    self.is_terminated |= signal.SIGTERM in numbers
+                    self.asked_by = next((number.name for number in SIGNALS if number in numbers), self.asked_by)
 
     def die(self) -> None:
         """End the process as SIGTERM does where nobody handles it."""

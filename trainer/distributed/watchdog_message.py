@@ -9,6 +9,8 @@ from trainer.distributed.watchdog_report import Report, Wait, unpack_ranks
 
 DATA = "data"
 """The phase of a step in which a rank waits for its batch."""
+_DATA_FILES = "trainer/components/data/"
+"""Where a rank is that waits for one in another phase, a validation say."""
 _SHOWN = 4  # culprits, and collectives, that a message spells out
 
 
@@ -203,7 +205,7 @@ def _tell(kind: str, culprits: Sequence[Report], *, is_stopped: bool, now: float
     told = f"has been in {moment} for {_seconds(seconds)}, at {one.place or 'an unknown place'}"
     return (
         f"{told} (it waits for its data: the source is slow, not the network between ranks)"
-        if one.phase == DATA
+        if one.phase == DATA or (one.step and _DATA_FILES in one.place.partition(",")[0])
         else told
     )
 

@@ -1,10 +1,13 @@
 import dataclasses
 import logging
+import signal
+import subprocess
 
 import pytest
 import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
+from torch._inductor import async_compile
 
 from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
@@ -13,6 +16,7 @@ from tests.distributed.cases import ARGS, make_batch, summed_loss
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
 from trainer.distributed.compile import apply_compile
+from trainer.distributed.stop_signals import SIGNALS
 from trainer.distributed.weight_init import init_weights
 
 AOT_EAGER = CompileConfig(enable=True, backend="aot_eager")
@@ -98,3 +102,20 @@ def test_graph_break_raises() -> None:
     apply_compile(model, plan=ParallelPlan(fsdp_units=(("*",),), blocks="*"), section=AOT_EAGER)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model(torch.ones(2))
+
+
+def test_processes_that_compile_are_deaf_to_stop_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(subprocess.Popen(["sleep", "60"])))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    apply_compile(Transformer(ARGS), plan=build_plan(ARGS), section=CompileConfig(enable=True, backend="inductor"))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    (process,) = started
+    try:
+        for number in SIGNALS:
+            process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+    finally:
+        process.kill()
+        process.wait()

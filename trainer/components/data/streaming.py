@@ -69,6 +69,10 @@ class StreamPosition:
     bad_rows: int = 0
 
 
+Item = tuple[dict[str, torch.Tensor], StreamPosition]
+"""A batch, and the place after it."""
+
+
 class StreamShare:
     """The documents of one rank, in order, from any position on.
 
@@ -208,7 +212,7 @@ class StreamingLoader:
         section: prefetch, pinned memory.
         device_type: where batches go.
         epoch_steps: batches that `epoch_batches` yields.
-        read_timeout: seconds that `next_batch` may wait, the first time excepted (a source takes its time to open). 0: any.
+        read_timeout: seconds that a batch may take, the first of training excepted (a source takes its time to open). 0: any.
     """
 
     def __init__(
@@ -235,7 +239,7 @@ class StreamingLoader:
         self._pin_device = get_pin_device(pin_memory=section.pin_memory, device_type=device_type)
         self._position = StreamPosition()
         self._sequences = 0
-        self._background: BackgroundIterator[tuple[dict[str, torch.Tensor], StreamPosition]] | None = None
+        self._background: BackgroundIterator[Item] | None = None
         self._clock = WaitClock()
 
     @property
@@ -260,35 +264,39 @@ class StreamingLoader:
                 a collective by then, so the process must end for the launcher to end them.
             RuntimeError: a read failed data.read_retries times, or the source gave nothing for too long.
         """
-        timeout = self._read_timeout or None
+        has_begun = self._background is not None
         if self._background is None:
             self._background = self._start(self._position, endless=True)
-            timeout = None
-        try:
-            with self._clock:
-                item = self._background.get(timeout)
-        except queue.Empty as error:
-            raise RuntimeError(
-                f"data: {self._name} gave no batch for {self._read_timeout} s (data.read_timeout_seconds), after "
-                f"{self.position()}. The source is slow or does not answer; prepare the data, or read it from a nearer place"
-            ) from error
+        item = self._get(self._background, self._read_timeout if has_begun else 0)
         assert item is not None, "an endless stream has ended"
         batch, self._position = item
         self._sequences += self.shape.microbatch_size
         return batch
 
+    def _get(self, background: BackgroundIterator[Item], timeout: float) -> Item | None:
+        try:
+            with self._clock:
+                return background.get(timeout or None)
+        except queue.Empty as error:
+            raise RuntimeError(
+                f"data: {self._name} gave no batch for {timeout} s (data.read_timeout_seconds), after "
+                f"{self.position()}. The source is slow or does not answer; prepare the data, or read it from a nearer place"
+            ) from error
+
     def epoch_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield `epoch_steps` batches from the beginning of this rank's share; for validation.
 
         Ranks whose share ends before yield batches in which all labels are IGNORE_INDEX, so that all have as many.
+
+        Raises:
+            RuntimeError: as `next_batch` does, and where the first batch does not come in time: other ranks have theirs.
         """
         assert self._epoch_steps >= 0, "the number of batches of a stream must be given"
         background = self._start(StreamPosition(), endless=False)
         batch: dict[str, torch.Tensor] | None = None
         try:
             for _ in range(self._epoch_steps):
-                with self._clock:
-                    item = background.get()
+                item = self._get(background, self._read_timeout)
                 if item is not None:
                     batch = item[0]
                 else:
@@ -360,16 +368,12 @@ class StreamingLoader:
             self._background.close()
             self._background = None
 
-    def _start(
-        self, start: StreamPosition, *, endless: bool
-    ) -> BackgroundIterator[tuple[dict[str, torch.Tensor], StreamPosition]]:
+    def _start(self, start: StreamPosition, *, endless: bool) -> BackgroundIterator[Item]:
         depth = max(self._section.num_workers, 1) * (self._section.prefetch_factor or DEFAULT_PREFETCH_FACTOR)
         make = functools.partial(self._pack, start, endless=endless)
         return BackgroundIterator(make, depth=depth, device_index=self._pin_device)
 
-    def _pack(
-        self, start: StreamPosition, stop: threading.Event, *, endless: bool
-    ) -> Iterator[tuple[dict[str, torch.Tensor], StreamPosition]]:
+    def _pack(self, start: StreamPosition, stop: threading.Event, *, endless: bool) -> Iterator[Item]:
         """Yield batches and the position after each. The last one of a finite stream is padded."""
         pending: deque[tuple[StreamPosition, np.ndarray]] = deque()
         buffered, skip = 0, start.skip

@@ -158,7 +158,8 @@ _worker_tokenizer: Tokenizer | None = None
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent decides
+    for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C and SLURM's signal go to all processes; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

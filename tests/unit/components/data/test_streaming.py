@@ -370,6 +370,8 @@ def test_source_that_gives_nothing_is_named_before_other_ranks_give_up(make_stre
     loader = make_stream([Stuck()], read_timeout=0.3)
     with pytest.raises(RuntimeError, match=r"data: stream gave no batch for 0.3 s .*'file': 'stuck'.* slow"):
         read_into([], loader, 200)
+    with pytest.raises(RuntimeError, match=r"gave no batch for 0\.3 s"):
+        list(make_stream([Stuck()], read_timeout=0.3, epoch_steps=200).epoch_batches())
 
 
 EXIT_SCRIPT = """
