@@ -72,8 +72,8 @@ class HuggingFaceFiles:
 
         prepare: makes, on rank 0, the folder to write a step into.
 
-        Ranks first write the shards that they hold, then share the files of the export among them: no weight passes between ranks,
-        and none needs memory for more than one tensor. For a while both stand on the disk.
+        Ranks first write the shards that they hold, which on a GPU takes a copy of them in host memory, then share the files of the
+        export among them, a tensor at a time. No weight passes between ranks. For a while both stand on the disk.
 
         Raises:
             ValueError, RuntimeError: it failed, on all ranks, and nothing is left of it.

@@ -456,13 +456,7 @@ class _Watch:
 
     def _is_stopped_early(self) -> bool:
         """Return whether this rank or another was told to stop before training began; tell the others."""
-        signals = self._watchdog.signals
-        if (
-            self._watchdog.at[0]
-            or signals is None
-            or not signals.is_installed
-            or self._end.partition(":")[0] not in ("", "lost")
-        ):
+        if self._watchdog.at[0] or self._end.partition(":")[0] not in ("", "lost"):
             return False
         if self._bell.is_terminated and self._must_leave():
             return False

@@ -80,7 +80,14 @@ def test_near_deadline_is_a_wish(clock):
     assert stopper.reason == "time limit"
 
 
-def test_signal_counts_once_and_interrupts_only_what_does_not_poll():
+def be_told_twice() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # while the first is on its way
+
+
+def test_signal_counts_once_and_interrupts_only_what_says_so():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         signals.is_polled = True
@@ -90,9 +97,11 @@ def test_signal_counts_once_and_interrupts_only_what_does_not_poll():
         assert make_stopper(signals).get_wishes().tolist() == [0.0, 1.0, 0.0]
     assert signal.getsignal(signal.SIGTERM) == before
     with StopSignals() as signals:
-        with pytest.raises(StopRequestedError):
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # while the first is on its way
+        with pytest.raises(StopRequestedError), signals.interrupting():
+            be_told_twice()
+        os.kill(os.getpid(), signal.SIGTERM)  # it is not waited for here
+        with pytest.raises(StopRequestedError, match="SIGTERM"), signals.interrupting():
+            pytest.fail("one that has come interrupts, too")
 
 
 def test_signals_of_another_thread_stay_the_programs():
