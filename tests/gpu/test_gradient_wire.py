@@ -28,7 +28,8 @@ def test_kernels_equal_torch(sizes: tuple[int, ...], dtype: torch.dtype) -> None
     assert (packed.cpu() == pack(gradients, blocks)).float().mean() > 0.98
     sum_packed(packed.cpu(), blocks, expected)
     sum_packed(packed, on_gpu, actual)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-6, atol=0)
+    # Of what is added up: the sum itself may be next to nothing.
+    assert ((actual.cpu() - expected).abs() <= 1e-6 * gradients.float().abs().sum(0)).all()
     exact = gradients.double().sum(0)
     assert ((actual.cpu() - exact).norm() / exact.norm()).item() < 0.03
     gradients[1, 0] = float("inf")

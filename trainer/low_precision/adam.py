@@ -92,7 +92,8 @@ class LowPrecisionAdam(torch.optim.Optimizer):
                 return
             skip = None
         # A step that is skipped counts for nothing.
-        torch._foreach_add_(steps, torch.ones_like(steps[0]) if skip is None else 1 - skip)
+        taken_now = torch.ones_like(steps[0]) if skip is None else 1 - skip
+        torch._foreach_add_(steps, [taken_now] * len(steps))  # for a tensor alone the host would wait
         taken = torch.stack(steps)
         # expm1: 1 - beta ** step would lose digits in fp32.
         corrections = torch.stack([-torch.expm1(taken * math.log(beta)) if beta else torch.ones_like(taken) for beta in group["betas"]], dim=1)  # fmt: skip
