@@ -1,10 +1,15 @@
 """Run a function on several processes of one process group, inside a test.
 
 Processes come from a fork server that has torch imported, so that a test costs tenths of a second rather than the
-seconds per rank that fresh interpreters take.
+seconds per rank that fresh interpreters take. Functions that allow it run on the same processes one after another, each with a
+process group of its own: what has trained once does so again in half the time.
 """
 
+import atexit
+import contextlib
 import faulthandler
+import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -36,40 +41,92 @@ def run_distributed(
     *args: Any,
     timeout: float = 120.0,
     backend: str = "gloo",
+    reuse: bool = False,
 ) -> list[Any]:
     """Run `fn(*args)` on `world_size` processes of one process group and return what each returned, by rank.
 
     `fn` must be importable (a module-level function); it, `args` and the results travel by pickle, tensors by value.
     Inside, `torch.distributed` is initialized and RANK, LOCAL_RANK and WORLD_SIZE are set.
 
+    reuse: on the processes that the last such call left, if there are as many. For functions that leave nothing behind but what
+    `_Beginning` knows of: no handlers of signals or logging, no threads, no patched modules. Never with NCCL.
+
     Raises:
         RankFailedError: a rank raised (with its traceback), died (with its exit code), or was still running after
             `timeout` seconds (with the Python stacks of those that were).
     """
     payload = pickle.dumps((fn, args))
-    # Defaults that look for an accelerator find none without NCCL, so that a test does the same on every machine.
-    visible_gpus = _VISIBLE_GPUS if "nccl" in backend else ""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    with tempfile.TemporaryDirectory(prefix="ranks_") as scratch:
-        processes, pipes = [], []
+    if reuse and "nccl" not in backend:
+        ranks = _keep_ranks(world_size, backend)
+        try:
+            return ranks.run(payload, timeout)
+        except BaseException:
+            _close_kept()
+            raise
+    with contextlib.closing(_Ranks(world_size, backend)) as ranks:
+        return ranks.run(payload, timeout)
+
+
+class _Ranks:
+    """Processes that run one function after another."""
+
+    def __init__(self, world_size: int, backend: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        # Defaults that look for an accelerator find none without NCCL, so that a test does the same on every machine.
+        visible_gpus = _VISIBLE_GPUS if "nccl" in backend else ""
+        self.kind = (world_size, backend)
+        self._scratch = tempfile.TemporaryDirectory(prefix="ranks_")
+        self._processes, self._pipes = [], []
         for rank in range(world_size):
-            reader, writer = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
-                target=_run_rank, args=(writer, payload, rank, world_size, backend, visible_gpus, scratch), daemon=True
+                target=_run_rank,
+                args=(theirs, rank, world_size, backend, visible_gpus, self._scratch.name),
+                daemon=True,
             )
             process.start()
-            writer.close()
-            processes.append(process)
-            pipes.append(reader)
-        try:
-            return _collect(processes, pipes, time.monotonic() + timeout, timeout, Path(scratch))
-        finally:
-            for process in processes:
-                process.kill()
-            for process, pipe in zip(processes, pipes, strict=True):
-                process.join()
-                pipe.close()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def run(self, payload: bytes, timeout: float) -> list[Any]:
+        """Run a function and its arguments, pickled."""
+        deadline = time.monotonic() + timeout
+        for pipe in self._pipes:
+            # One that died says so when its report is read.
+            with contextlib.suppress(OSError):
+                pipe.send_bytes(payload)
+        return _collect(self._processes, self._pipes, deadline, timeout, Path(self._scratch.name))
+
+    def close(self) -> None:
+        """Kill them, whatever they do."""
+        for process in self._processes:
+            process.kill()
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            process.join()
+            pipe.close()
+        self._scratch.cleanup()
+
+
+_kept: _Ranks | None = None
+
+
+def _keep_ranks(world_size: int, backend: str) -> _Ranks:
+    """Return processes that stay for the next function, where it asks for as many."""
+    global _kept
+    if _kept is None or _kept.kind != (world_size, backend):
+        _close_kept()
+        _kept = _Ranks(world_size, backend)
+    return _kept
+
+
+@atexit.register
+def _close_kept() -> None:
+    global _kept
+    ranks, _kept = _kept, None
+    if ranks is not None:
+        ranks.close()
 
 
 def _collect(processes: list, pipes: list[Connection], deadline: float, timeout: float, scratch: Path) -> list[Any]:
@@ -86,7 +143,7 @@ def _collect(processes: list, pipes: list[Connection], deadline: float, timeout:
             rank = pending.pop(pipe)
             try:
                 succeeded, report = pickle.loads(pipe.recv_bytes())
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 processes[rank].join()
                 succeeded, report = False, f"died without a report, exit code {processes[rank].exitcode}"
             if succeeded:
@@ -125,30 +182,28 @@ def _stack_file(scratch: Path, rank: int) -> Path:
 
 
 def _run_rank(
-    pipe: Connection,
-    payload: bytes,
-    rank: int,
-    world_size: int,
-    backend: str,
-    visible_gpus: str | None,
-    scratch: str,
+    pipe: Connection, rank: int, world_size: int, backend: str, visible_gpus: str | None, scratch: str
 ) -> None:
     """What each process runs. It ends with `os._exit`: an interpreter with threads in gloo takes a second to shut down."""
-    exit_code = 0
     try:
         with open(_stack_file(Path(scratch), rank), "w") as stacks:
             faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
             _set_visible_gpus(visible_gpus)
-            report = (True, _call(payload, rank, world_size, backend, scratch))
-            message = pickle.dumps(report)
-    except BaseException:
-        exit_code = 1
-        message = pickle.dumps((False, "".join(traceback.format_exc())))
-    try:
-        pipe.send_bytes(message)
-        pipe.close()
+            beginning = None
+            for number in itertools.count():
+                payload = pipe.recv_bytes()
+                try:
+                    beginning = beginning or _Beginning()
+                    result = _call(payload, rank, world_size, backend, f"{scratch}/store_{number}")
+                    message = pickle.dumps((True, result))
+                    del result
+                except BaseException:
+                    pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+                    break
+                pipe.send_bytes(message)
+                beginning.restore()
     finally:
-        os._exit(exit_code)
+        os._exit(1)
 
 
 def _set_visible_gpus(visible_gpus: str | None) -> None:
@@ -159,7 +214,7 @@ def _set_visible_gpus(visible_gpus: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
 
 
-def _call(payload: bytes, rank: int, world_size: int, backend: str, scratch: str) -> Any:
+def _call(payload: bytes, rank: int, world_size: int, backend: str, store: str) -> Any:
     import torch
     import torch.distributed as dist
 
@@ -169,11 +224,43 @@ def _call(payload: bytes, rank: int, world_size: int, backend: str, scratch: str
     )
     if "nccl" in backend:
         torch.cuda.set_device(rank)
-    store = dist.FileStore(f"{scratch}/store", world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     fn, args = pickle.loads(payload)
     result = fn(*args)
     # No rank leaves while another still talks to it; a test of the process group itself may have ended it.
     if dist.is_initialized():
         dist.barrier()
     return result
+
+
+class _Beginning:
+    """What a process was like before its first function, for the next to find it so."""
+
+    def __init__(self) -> None:
+        import torch._dynamo.config
+        import torch._functorch.config
+        import torch._inductor.config
+
+        self._environment = dict(os.environ)
+        self._random_state = torch.get_rng_state()
+        configs = (torch._dynamo.config, torch._functorch.config, torch._inductor.config)
+        self._configs = [(config, config.get_config_copy()) for config in configs]
+
+    def restore(self) -> None:
+        """Forget compiled code, process groups, and what DTensor remembers of meshes that had them."""
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        torch._dynamo.reset()
+        gc.collect()  # models, while their process groups are there
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _clear_sharding_prop_cache()
+        torch.set_rng_state(self._random_state)
+        os.environ.clear()
+        os.environ.update(self._environment)
+        for config, settings in self._configs:
+            for key, value in config.get_config_copy().items():
+                if value != settings[key]:
+                    setattr(config, key, settings[key])

@@ -246,7 +246,7 @@ def _reference(documents: bool) -> Outcome:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_run_equals_one_process(case: Case) -> None:
     expected = _reference(case.documents)
-    for rank, actual in enumerate(run_distributed(run_case, case.world_size, case, timeout=240.0)):
+    for rank, actual in enumerate(run_distributed(run_case, case.world_size, case, timeout=240.0, reuse=True)):
         assert actual.losses == pytest.approx(expected.losses, rel=1e-5), f"loss on rank {rank}"
         for kind in ("gradients", "parameters"):
             tensors, references = getattr(actual, kind), getattr(expected, kind)

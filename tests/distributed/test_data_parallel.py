@@ -22,10 +22,11 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world_size), ids=lambda case: case.name)
 def test_run_equals_one_process(case: Case) -> None:
     expected = _reference(case.tied)
-    for rank, actual in enumerate(run_distributed(run_case, case.world_size, case, timeout=COMPILING_SECONDS)):
+    outcomes = run_distributed(run_case, case.world_size, case, timeout=COMPILING_SECONDS, reuse=True)
+    for rank, actual in enumerate(outcomes):
         assert actual.losses == pytest.approx(expected.losses, rel=case.tolerance), f"loss on rank {rank}"
         assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=case.tolerance), f"norm on rank {rank}"
         for kind in ("gradients", "parameters"):

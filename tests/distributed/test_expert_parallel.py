@@ -62,9 +62,9 @@ def _reference(base: Any) -> Outcome:
     return run_reference(Case("reference", base=base))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world_size), ids=lambda case: case.name)
 def test_equals_one_process_with_a_loop_over_experts(case: Case) -> None:
-    outcomes = run_distributed(run_case, case.world_size, case)
+    outcomes = run_distributed(run_case, case.world_size, case, reuse=True)
     assert_equal_outcomes(outcomes, _reference(case.base), case.tolerance)
 
 
@@ -93,11 +93,11 @@ def _run_counting_turns(case: Case) -> tuple[Outcome, int]:
 def test_passes_of_dualpipev_take_turns_and_change_nothing(recomputes: bool) -> None:
     section = {"mode": "full"} if recomputes else {}
     case = Case("dualpipev", 4, DUAL, activation_checkpoint=section, base=EXPERT_ARGS)
-    outcomes, switches = zip(*run_distributed(_run_counting_turns, 4, case), strict=True)
+    outcomes, switches = zip(*run_distributed(_run_counting_turns, 4, case, reuse=True), strict=True)
     assert switches == (1, 1, 2, 2), "the first stage, which the first two ranks have, is a dense block"
     assert_equal_outcomes(list(outcomes), _reference(EXPERT_ARGS), case.tolerance)
     off = dataclasses.replace(case, parallelism={**DUAL, "pipeline_parallel_expert_parallel_overlap": False})
-    outcomes, switches = zip(*run_distributed(_run_counting_turns, 4, off), strict=True)
+    outcomes, switches = zip(*run_distributed(_run_counting_turns, 4, off, reuse=True), strict=True)
     assert switches == (0, 0, 0, 0)
     assert_equal_outcomes(list(outcomes), _reference(EXPERT_ARGS), case.tolerance)
 
@@ -189,5 +189,5 @@ def _count_graphs() -> tuple[Outcome, int]:
 def test_experts_have_one_graph_for_any_number_of_rows() -> None:
     """In three blocks and three steps ranks get 9 numbers of rows."""
     for _, n_graphs in run_distributed(_count_graphs, 2, timeout=240.0):
-        # The dense block; of a block with experts what comes before, routing, the shared experts, the experts; two of the loss.
-        assert n_graphs <= 7
+        # The dense block; of a block with experts what comes before, routing, the shared experts, the experts; the loss.
+        assert n_graphs <= 6

@@ -55,7 +55,7 @@ def run_cases(cases: list[Case]) -> dict[str, Outcome]:
 
 def run_all(*cases: Case) -> list[dict[str, Outcome]]:
     """What each rank has of each case, all run by the same processes."""
-    return run_distributed(run_cases, cases[0].world_size, list(cases), timeout=280)
+    return run_distributed(run_cases, cases[0].world_size, list(cases), timeout=280, reuse=True)
 
 
 @functools.cache

@@ -97,13 +97,13 @@ GATHERS = 2 * N_UNITS - 1
     ids=lambda value: value.name if isinstance(value, Case) else value if isinstance(value, str) else "",
 )
 def test_collectives_of_each_microbatch(case: Case, accumulation: str, early: dict, last: dict) -> None:
-    for counts in run_distributed(_count_collectives, case.world_size, case, accumulation):
+    for counts in run_distributed(_count_collectives, case.world_size, case, accumulation, reuse=True):
         assert counts == [early] * (MICROBATCHES - 1) + [last]
 
 
 def test_never_with_whole_gradients_gathers_weights_once_a_step() -> None:
     case = Case("never", 2, {"fsdp_reshard_after_forward": "never"})
-    for counts in run_distributed(_count_collectives, 2, case, "unsharded"):
+    for counts in run_distributed(_count_collectives, 2, case, "unsharded", reuse=True):
         assert counts == [_expected(N_UNITS), {}, _expected(0, N_UNITS)]
 
 

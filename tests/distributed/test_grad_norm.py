@@ -46,7 +46,7 @@ def test_norm_and_clipped_gradients_equal_torch_on_mixed_meshes(max_norm: float)
     expected = _plain_parameters()
     expected_norm = nn.utils.clip_grad_norm_(expected, max_norm if max_norm > 0 else float("inf"))
     alone = _plain_parameters()
-    outcomes = run_distributed(_clip_on_mixed_meshes, 4, max_norm)
+    outcomes = run_distributed(_clip_on_mixed_meshes, 4, max_norm, reuse=True)
     outcomes.append((clip_grad_norm(alone, max_norm), [p.grad for p in alone]))
     for norm, grads in outcomes:
         assert norm.shape == ()

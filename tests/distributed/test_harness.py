@@ -1,9 +1,12 @@
+import functools
 import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.distributed.harness import RankFailedError, run_distributed
 
@@ -76,3 +79,59 @@ def _find_gpus() -> tuple[str | None, bool]:
 def test_gpus_are_hidden_where_nothing_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert run_distributed(_find_gpus, 2) == [("", False)] * 2
+
+
+# --- processes that run several functions ---
+
+
+def _leave_traces() -> tuple[int, dict]:
+    """Return this process, and what a function finds in it."""
+    import torch._functorch.config as functorch_config
+    from torch.distributed.distributed_c10d import _world
+    from torch.distributed.tensor.debug import _get_python_sharding_prop_cache_info
+
+    found = {
+        "environment": os.environ.get("TRACE"),
+        "random": torch.rand(3).tolist(),
+        "budget": functorch_config.activation_memory_budget,
+        "groups": len(_world.pg_map),
+        "shardings": _get_python_sharding_prop_cache_info().currsize,
+        "graphs": _double._torchdynamo_orig_callable.__code__ in torch._dynamo.convert_frame.input_codes.seen,
+    }
+    os.environ["TRACE"] = "here"
+    functorch_config.activation_memory_budget = 0.5
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))
+    distribute_tensor(torch.ones(4), mesh, [Shard(0), Replicate()]).add(1)
+    _double(torch.ones(2))
+    return os.getpid(), found
+
+
+@functools.partial(torch.compile, backend="eager")
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
+def test_processes_that_are_used_again_have_no_traces_of_the_function_before() -> None:
+    first, second = (run_distributed(_leave_traces, 2, reuse=True) for _ in range(2))
+    assert first == second, "in the same processes"
+    assert first[0][1] | {"random": None} == {
+        "environment": None,
+        "random": None,
+        "budget": 1.0,
+        "groups": 1,
+        "shardings": 0,
+        "graphs": False,
+    }
+    (other, _), *_ = run_distributed(_leave_traces, 1, reuse=True)
+    assert other not in [process for process, _ in first]
+
+
+def test_processes_of_a_function_that_failed_are_not_used_again() -> None:
+    before = run_distributed(_leave_early, 2, reuse=True)
+    processes = [process for process, _ in run_distributed(_leave_traces, 2, reuse=True)]
+    with pytest.raises(RankFailedError, match="a key nobody has"):
+        run_distributed(_fail_on, 2, 1, reuse=True)
+    with pytest.raises(RankFailedError, match="died without a report, exit code 3"):
+        run_distributed(_exit_on, 2, 1, reuse=True)
+    assert run_distributed(_leave_early, 2, reuse=True) == before
+    assert not {process for process, _ in run_distributed(_leave_traces, 2, reuse=True)} & {*processes}

@@ -100,7 +100,7 @@ def _compute_all(vocab: int, all_settings: list[dict[str, Any]]) -> list[dict[st
 def test_loss_and_gradients_equal_one_process(ranks: int, loss_parallel: bool) -> None:
     vocab = VOCABS[ranks]
     all_settings = [{"chunk_size": size, "loss_parallel": loss_parallel} for size in (0, 1, 5, 26, 4096)]
-    by_rank = run_distributed(_compute_all, ranks, vocab, all_settings)
+    by_rank = run_distributed(_compute_all, ranks, vocab, all_settings, reuse=True)
     assert len({outcomes[0]["rows"] for outcomes in by_rank}) > 1, "otherwise all shards are equal"
     for outcomes in zip(*by_rank, strict=True):
         _check(list(outcomes), _compute_reference(vocab), rtol=1e-5, atol=1e-5)
@@ -109,7 +109,7 @@ def test_loss_and_gradients_equal_one_process(ranks: int, loss_parallel: bool) -
 @pytest.mark.parametrize(("backend", "loss_parallel"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
 def test_compiled_loss_equals_one_process(backend: str, loss_parallel: bool) -> None:
     settings = {"chunk_size": 13, "compile_backend": backend, "loss_parallel": loss_parallel}
-    outcomes = run_distributed(_compute, 2, 31, settings, timeout=240)
+    outcomes = run_distributed(_compute, 2, 31, settings, timeout=240, reuse=True)
     _check(outcomes, _compute_reference(31), rtol=1e-5, atol=1e-5)
 
 

@@ -93,7 +93,7 @@ def run_steps(section: OptimizerConfig, layout: str) -> dict[str, torch.Tensor]:
 def test_three_steps_on_shards_equal_one_process(section, layout, world_size):
     expected = run_steps(section, "one process")
     untrained = dict(make_stack().named_parameters())
-    for result in run_distributed(run_steps, world_size, section, layout):
+    for result in run_distributed(run_steps, world_size, section, layout, reuse=True):
         assert result.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(result[name], value, atol=1e-5, rtol=0, msg=name)

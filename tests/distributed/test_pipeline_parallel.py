@@ -224,7 +224,7 @@ def train_all(cases: list[PipelineCase]) -> list[Outcome]:
 
 
 def check_equal_to_one_process(world_size: int, cases: list[PipelineCase]) -> None:
-    by_rank = run_distributed(train_all, world_size, cases)
+    by_rank = run_distributed(train_all, world_size, cases, reuse=True)
     for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         expected = train_reference()
         seen = set()
@@ -293,7 +293,7 @@ def _find_gradients_in_bf16() -> list[str]:
 
 
 def test_gradients_of_weights_computed_apart_add_up_in_the_precision_of_the_reduction() -> None:
-    assert run_distributed(_find_gradients_in_bf16, 2) == [[], []]
+    assert run_distributed(_find_gradients_in_bf16, 2, reuse=True) == [[], []]
 
 
 # --- evaluation ---
@@ -336,7 +336,7 @@ def test_evaluation_of_other_lengths_and_numbers_with_every_schedule() -> None:
         data = make_batch(100, batch=2 * batch, seq=seq)
         expected.append(model(data["tokens"], labels=data["labels"], loss_fn=summed_loss).item())
     expected.append(train_reference().losses[0])
-    for losses in run_distributed(_evaluate, 4, list(SCHEDULES)):
+    for losses in run_distributed(_evaluate, 4, list(SCHEDULES), reuse=True):
         for schedule, values in zip(SCHEDULES, losses, strict=True):
             assert values == pytest.approx(expected, rel=1e-5), schedule
 
@@ -371,13 +371,13 @@ def _count_collectives(cases: list[PipelineCase]) -> list[tuple[int, dict[str, i
 def test_weights_are_gathered_and_gradients_reduced_once_a_step() -> None:
     cases = [PipelineCase(schedule, passes=2, microbatch_size=1) for schedule in SCHEDULES]
     transfers_of = {"single": 8, "loop": 3 * 8, "v": 2 * 8}
-    for counts in run_distributed(_count_collectives, 4, cases):
+    for counts in run_distributed(_count_collectives, 4, cases, reuse=True):
         for case, (units, by_name) in zip(cases, counts, strict=True):
             transfers = transfers_of[run_style(case)]
             expected = {"allgather_base": units, "reduce_scatter_base": units, "send": transfers, "recv": transfers}
             assert by_name == expected, case.schedule
     case = PipelineCase("1F1B", passes=2, microbatch_size=1, accumulation="sharded")
-    for ((units, by_name),) in run_distributed(_count_collectives, 4, [case]):
+    for ((units, by_name),) in run_distributed(_count_collectives, 4, [case], reuse=True):
         assert by_name["reduce_scatter_base"] == units * 8
         assert by_name["allgather_base"] == units
 

@@ -101,7 +101,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_cases_equal_one_process(world_size: int) -> None:
     cases = [case for case in CASES if case.world_size == world_size]
-    by_rank = run_distributed(run_cases, world_size, cases, timeout=TIMEOUT_SECONDS)
+    by_rank = run_distributed(run_cases, world_size, cases, timeout=TIMEOUT_SECONDS, reuse=True)
     for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         try:
             assert_equal_outcomes(list(outcomes), reference(case.base, case.documents), case.tolerance)

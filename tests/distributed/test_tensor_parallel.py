@@ -225,10 +225,10 @@ def _find_wrong(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     return {name: error for name, error in errors.items() if not error <= tolerance}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world_size), ids=lambda case: case.name)
 def test_run_equals_one_process(case: Case) -> None:
     expected = _reference(case.llama_args)
-    for actual in run_distributed(_train, case.world_size, case, timeout=COMPILING_SECONDS):
+    for actual in run_distributed(_train, case.world_size, case, timeout=COMPILING_SECONDS, reuse=True):
         assert actual.losses == pytest.approx(expected.losses, rel=case.tolerance)
         assert actual.evaluation_loss == pytest.approx(expected.evaluation_loss, rel=case.tolerance)
         assert actual.norms == pytest.approx(expected.norms, rel=case.tolerance)

@@ -81,7 +81,7 @@ def _llama_weights(parallelism: dict[str, Any], tied: bool, seed: int) -> dict[s
 def test_weights_do_not_depend_on_sharding(world_size: int, parallelism: dict, tied: bool) -> None:
     expected = _llama_weights({}, tied, 3)
     assert all(tensor.isfinite().all() for tensor in expected.values()), "left uninitialized"
-    for actual in run_distributed(_llama_weights, world_size, parallelism, tied, 3):
+    for actual in run_distributed(_llama_weights, world_size, parallelism, tied, 3, reuse=True):
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(actual[name], tensor), name
