@@ -107,7 +107,8 @@ def test_resume_is_bitwise_twice_in_a_row(run: Run, world_size: int, options: li
     options = [*options, CHECKPOINTS, SEEDED]
     whole = run.clone("whole")
     expected = assert_succeeded(whole(world_size, *options, keep=(7,)))
-    for steps, resumed_from in ((3, 0), (5, 2), (7, 4)):
+    shutil.copytree(whole.checkpoints / "step-2", run.checkpoints / "step-2")
+    for steps, resumed_from in ((5, 2), (7, 4)):
         accounts = assert_succeeded(run(world_size, *options, f"--training.steps={steps}", keep=(7,)))
         assert sorted(accounts[0].sequences) == [*range(resumed_from + 1, steps + 1)]
         for account, reference in zip(accounts, expected, strict=True):
@@ -116,7 +117,7 @@ def test_resume_is_bitwise_twice_in_a_row(run: Run, world_size: int, options: li
             shutil.rmtree(run.checkpoints / f"step-{steps}")
     assert [line["step"] for line in run.lines("resume")] == [2, 4]
     for key in ("loss", "grad_norm", "lr", "tokens_seen"):
-        assert run.curve(key) == whole.curve(key)
+        assert run.curve(key) == whole.curve(key)[2:]
     assert [line["loss"] for line in run.lines("validation")[-1:]] == [
         line["loss"] for line in whole.lines("validation")[-1:]
     ]

@@ -1,11 +1,15 @@
 """Whole runs under tensor, context and pipeline parallelism: curves, validation, checkpoints and data as in one process."""
 
+import functools
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.distributed.training import Run, assert_equal_states, assert_succeeded
+from tests.distributed.training import Account, Run, assert_equal_states, assert_succeeded
+
+Starter = Callable[..., tuple[Run, list[Account]]]
 
 COMMON = ["--model.flavor=deep", "--training.global_batch_size=4", "--debug.seed=3", "--checkpoint.enable"]
 COMMON += ["--validation.enable"]
@@ -37,51 +41,68 @@ def run(one_process: tuple[Run, list], request: pytest.FixtureRequest) -> Run:
     return one_process[0].clone("".join(c if c.isalnum() else "_" for c in request.node.name))
 
 
-@pytest.mark.parametrize("name", SPREAD)
-def test_run_is_that_of_one_process(one_process: tuple[Run, list], run: Run, name: str) -> None:
+@pytest.fixture(scope="module")
+def start(one_process: tuple[Run, list]) -> Starter:
+    """Whole runs of `SPREAD` and `EXPERTS_SPREAD`, each done once: other runs go on from their checkpoints."""
+
+    @functools.cache
+    def start(world_size: int, *options: str) -> tuple[Run, list]:
+        run = one_process[0].clone(f"whole_{start.cache_info().misses}")
+        return run, assert_succeeded(run(world_size, *options, keep=(7,)))
+
+    return start
+
+
+def go_on(whole: Run, run: Run, world_size: int, *options: str) -> list[Account]:
+    """Take the last three steps after a checkpoint of another run."""
+    shutil.copytree(whole.checkpoints / "step-4", run.checkpoints / "step-4")
+    accounts = assert_succeeded(run(world_size, *options, keep=(7,)))
+    assert sorted(accounts[0].sequences) == [5, 6, 7]
+    return accounts
+
+
+def spread(name: str) -> tuple:
     world_size, options = SPREAD[name]
+    return world_size, *COMMON, *options
+
+
+def assert_trained_alike(accounts: list[Account], reference: Account) -> None:
+    trained = {name: value for account in accounts for name, value in account.states[7].items()}
+    assert trained.keys() == reference.states[7].keys()
+    for parameter, expected in reference.states[7].items():
+        torch.testing.assert_close(trained[parameter], expected, rtol=1e-3, atol=1e-5, msg=parameter)
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_run_is_that_of_one_process(one_process: tuple[Run, list], start: Starter, name: str) -> None:
     whole, (reference,) = one_process
-    accounts = assert_succeeded(run(world_size, *COMMON, *options, keep=(7,)))
+    run, accounts = start(*spread(name))
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("lr", 1e-7), ("tokens_seen", 0)):
         assert run.curve(key) == pytest.approx(whole.curve(key), rel=tolerance), key
     validation = [[line["loss"] for line in it.lines("validation")] for it in (run, whole)]
     assert validation[0] == pytest.approx(validation[1], rel=1e-5)
     seen = {step: {row for account in accounts for row in account.sequences[step]} for step in reference.sequences}
     assert seen == {step: set(rows) for step, rows in reference.sequences.items()}
-    trained = {name: value for account in accounts for name, value in account.states[7].items()}
-    assert trained.keys() == reference.states[7].keys()
-    for parameter, expected in reference.states[7].items():
-        torch.testing.assert_close(trained[parameter], expected, rtol=1e-3, atol=1e-5, msg=parameter)
+    assert_trained_alike(accounts, reference)
 
 
 @pytest.mark.parametrize("name", ["fsdp-tp-pp", "cp", "pp-zbv"])
-def test_resume_is_bitwise(run: Run, name: str) -> None:
-    world_size, options = SPREAD[name]
-    expected = assert_succeeded(run(world_size, *COMMON, *options, keep=(7,)))
-    curve = run.curve()
-    for step in (6, 7):
-        shutil.rmtree(run.checkpoints / f"step-{step}")
-    accounts = assert_succeeded(run(world_size, *COMMON, *options, keep=(7,)))
-    assert sorted(accounts[0].sequences) == [5, 6, 7]
-    assert run.curve() == curve
+def test_resume_is_bitwise(start: Starter, run: Run, name: str) -> None:
+    whole, expected = start(*spread(name))
+    accounts = go_on(whole, run, *spread(name))
+    assert run.curve() == whole.curve()[4:]
     for account, reference in zip(accounts, expected, strict=True):
         assert_equal_states(account, reference, 7)
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp-tp-pp", "cp"), ("cp", "pp-zbv"), ("tp", "fsdp-tp-pp")])
 def test_checkpoint_goes_on_under_other_parallelisms(
-    one_process: tuple[Run, list], run: Run, before: str, after: str
+    one_process: tuple[Run, list], start: Starter, run: Run, before: str, after: str
 ) -> None:
     whole, (reference,) = one_process
-    for name, steps in ((before, 4), (after, 7)):
-        world_size, options = SPREAD[name]
-        accounts = assert_succeeded(run(world_size, *COMMON, *options, f"--training.steps={steps}", keep=(7,)))
-    assert sorted(accounts[0].sequences) == [5, 6, 7]
-    assert run.curve() == pytest.approx(whole.curve(), rel=1e-5)
-    trained = {name: value for account in accounts for name, value in account.states[7].items()}
-    assert trained.keys() == reference.states[7].keys()
-    for parameter, expected in reference.states[7].items():
-        torch.testing.assert_close(trained[parameter], expected, rtol=1e-3, atol=1e-5, msg=parameter)
+    accounts = go_on(start(*spread(before))[0], run, *spread(after))
+    assert run.curve() == pytest.approx(whole.curve()[4:], rel=1e-5)
+    assert_trained_alike(accounts, reference)
 
 
 # --- mixtures of experts ---
@@ -94,12 +115,17 @@ EXPERTS_SPREAD = {
     "fsdp": (2, []),
     "hsdp": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
     "cp": (2, [CP]),
-    "pp": (2, [PP]),
+    "pp": (2, [PP, "--training.local_batch_size=4"]),
     "ep": (4, ["--parallelism.expert_parallel_degree=2"]),
     "tp-ep": (2, ["--parallelism.tensor_parallel_degree=2", "--parallelism.expert_parallel_degree=2"]),
     "recomputed": (1, ["--activation_checkpoint.mode=full"]),
     "fsdp-compiled": (2, ["--compile.enable", "--compile.backend=aot_eager"]),
 }
+
+
+def spread_experts(name: str) -> tuple:
+    world_size, options = EXPERTS_SPREAD[name]
+    return world_size, *EXPERTS, *options
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +136,9 @@ def one_process_with_experts(one_process: tuple[Run, list]) -> Run:
 
 
 @pytest.mark.parametrize("name", EXPERTS_SPREAD)
-def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, run: Run, name: str) -> None:
-    world_size, options = EXPERTS_SPREAD[name]
-    assert_succeeded(run(world_size, *EXPERTS, *options))
+def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, start: Starter, name: str) -> None:
     whole = one_process_with_experts
+    run, _ = start(*spread_experts(name))
     assert run.curve() == pytest.approx(whole.curve(), rel=1e-5)
     assert run.curve("grad_norm") == pytest.approx(whole.curve("grad_norm"), rel=1e-4)
     validation = [[line["loss"] for line in it.lines("validation")] for it in (run, whole)]
@@ -125,45 +150,25 @@ def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, 
     assert run.curve("experts/dropped") == [0.0] * 7
 
 
-def test_resume_with_multi_token_prediction_is_bitwise(one_process_with_experts: Run, run: Run) -> None:
-    """The last stage's copy of the embeddings is no part of the checkpoint."""
-    options = [*EXPERTS, PP, "--training.local_batch_size=4"]
-    expected = assert_succeeded(run(2, *options, keep=(7,)))
-    curves = [run.curve(), run.curve("mtp/loss_1")]
-    assert curves[0] == pytest.approx(one_process_with_experts.curve(), rel=1e-5)
-    for step in (6, 7):
-        shutil.rmtree(run.checkpoints / f"step-{step}")
-    accounts = assert_succeeded(run(2, *options, keep=(7,)))
-    assert sorted(accounts[0].sequences) == [5, 6, 7]
-    assert [run.curve(), run.curve("mtp/loss_1")] == curves
+@pytest.mark.parametrize("name", ["pp", "ep"])
+def test_run_with_experts_resumes_bitwise(start: Starter, run: Run, name: str) -> None:
+    """The last stage's copy of the embeddings is no part of the checkpoint; experts on several ranks are."""
+    whole, expected = start(*spread_experts(name))
+    accounts = go_on(whole, run, *spread_experts(name))
+    for key in ("loss", "mtp/loss_1"):
+        assert run.curve(key) == whole.curve(key)[4:]
     for account, reference in zip(accounts, expected, strict=True):
         assert_equal_states(account, reference, 7)
 
 
-def test_experts_bias_moves_and_is_resumed(one_process_with_experts: Run, run: Run) -> None:
+@pytest.mark.parametrize("name", ["fsdp", "ep"])
+def test_experts_and_their_bias_go_on_on_two_ranks(
+    one_process_with_experts: Run, start: Starter, run: Run, name: str
+) -> None:
     """Without the bias of the checkpoint tokens would meet other experts."""
-    assert_succeeded(run(2, *EXPERTS, "--training.steps=4"))
-    assert_succeeded(run(2, *EXPERTS))
-    whole = one_process_with_experts
-    assert run.curve() == pytest.approx(whole.curve(), rel=1e-5)
-    key = "experts/layers.2/max_over_mean"
-    assert run.curve(key) == pytest.approx(whole.curve(key), rel=1e-5)
+    whole, key = one_process_with_experts, "experts/layers.2/max_over_mean"
+    _, *options = spread_experts(name)
+    go_on(start(*spread_experts(name))[0], run, 2, *options)
+    assert run.curve() == pytest.approx(whole.curve()[4:], rel=1e-5)
+    assert run.curve(key) == pytest.approx(whole.curve(key)[4:], rel=1e-5)
     assert len(set(whole.curve(key))) > 1
-
-
-def test_experts_on_several_ranks_resume_bitwise_and_on_fewer_ranks(one_process_with_experts: Run, run: Run) -> None:
-    spread = [*EXPERTS, "--parallelism.expert_parallel_degree=4"]
-    expected = assert_succeeded(run(4, *spread, keep=(7,)))
-    curve = run.curve()
-    for step in (6, 7):
-        shutil.rmtree(run.checkpoints / f"step-{step}")
-    accounts = assert_succeeded(run(4, *spread, keep=(7,)))
-    assert sorted(accounts[0].sequences) == [5, 6, 7]
-    assert run.curve() == curve
-    for account, reference in zip(accounts, expected, strict=True):
-        assert_equal_states(account, reference, 7)
-    for step in (6, 7):
-        shutil.rmtree(run.checkpoints / f"step-{step}")
-    assert_succeeded(run(2, *EXPERTS, "--parallelism.expert_parallel_degree=2"))
-    for key in ("loss", "experts/layers.2/max_over_mean"):
-        assert run.curve(key) == pytest.approx(one_process_with_experts.curve(key), rel=1e-5), key
