@@ -39,8 +39,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 check "mypy" "$PYTHON" -m mypy
-# Two workers: many tests compute in one process, many wait. GPUs are not shared.
-WORKERS=(-n "${TEST_WORKERS:-2}" --no-loadscope-reorder)
+# For two cores: many tests wait, for clusters and for each other's ranks. GPUs are not shared.
+WORKERS=(-n "${TEST_WORKERS:-3}" --no-loadscope-reorder)
 if ((${#PATHS[@]})); then
     check "pytest" "$PYTHON" -m pytest "${WORKERS[@]}" "${PATHS[@]}" "$@"
     if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

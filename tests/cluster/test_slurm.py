@@ -17,7 +17,7 @@ from tests.packages import install
 from trainer.components.checkpoint_files import list_steps
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 80
+STEPS = 48
 SETTINGS = (
     "--experimental.custom_import=tests.cluster.paced",
     "--optimizer.name=PacedAdamW",
@@ -31,7 +31,7 @@ SETTINGS = (
 ENVIRONMENT = {
     "NNODES": "2",
     "NGPU": "0",
-    "PACE_SECONDS": "1",
+    "PACE_SECONDS": "2",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "SBATCH_TIMELIMIT": "30",

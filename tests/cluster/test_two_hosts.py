@@ -14,7 +14,7 @@ from tests.distributed.training import Run, assert_succeeded
 from tests.packages import install
 from trainer.components.checkpoint_files import list_steps
 
-STEPS = 60
+STEPS = 30
 TIMEOUT = 10
 SETTINGS = (
     "--experimental.custom_import=tests.cluster.paced",
@@ -77,7 +77,7 @@ def test_host_that_is_cut_off_is_named_and_the_run_goes_on_when_it_is_back(pair:
     assert_succeeded(reference(2, *SETTINGS))
     run = reference.clone("cut")
 
-    programs = start(pair, run, pace=0.5)
+    programs = start(pair, run, pace=1)
     end = time.monotonic() + 120
     while not is_under_way(run):
         assert time.monotonic() < end, [log.read_text()[-2000:] for _, log in programs]

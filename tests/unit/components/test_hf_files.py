@@ -77,6 +77,16 @@ def test_damaged_folders_are_refused(tmp_path):
         HFFolder(tmp_path / "nowhere")
 
 
+@pytest.fixture
+def quick_garbage_collection():
+    """Leave out what is there already: all modules that any test imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_garbage_collection")
 def test_conversion_holds_a_tensor_at_a_time(tmp_path, monkeypatch):
     write_hf_folder("deepseek_v3", tmp_path)
     folder = HFFolder(tmp_path)

@@ -327,10 +327,10 @@ def test_script_error_has_no_traceback(tmp_path: Path, arguments: tuple[str, ...
 
 
 def test_script_interrupted_leaves_what_can_go_on(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", count=600_000)
+    write_jsonl(tmp_path / "a.jsonl", count=250_000)
     source = ["--dataset", "jsonl", "--path", str(tmp_path / "a.jsonl"), "--tokenizer", "byte", "--workers", "2"]
     out = tmp_path / "out"
-    command = [sys.executable, "scripts/prepare_data.py", *source, "--output", str(out), "--shard-tokens", "300000"]
+    command = [sys.executable, "scripts/prepare_data.py", *source, "--output", str(out), "--shard-tokens", "100000"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for((out / shard_name(1)).exists)
     process.send_signal(signal.SIGINT)
@@ -340,7 +340,7 @@ def test_script_interrupted_leaves_what_can_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     assert not (out / INDEX_NAME).exists()
     assert not list(out.glob("*.tmp"))
-    options = {"tokenizer": build_tokenizer("byte"), "shard_tokens": 300_000, "data": DataConfig(prepare_workers=1)}
+    options = {"tokenizer": build_tokenizer("byte"), "shard_tokens": 100_000, "data": DataConfig(prepare_workers=1)}
     dataset, stats = prepare_source("jsonl", str(tmp_path / "a.jsonl"), out, progress=False, **options)
     dataset.verify()
     assert stats.new_tokens < stats.n_tokens
