@@ -88,6 +88,8 @@ class Case:
     float8_experts: dict[str, Any] | None = None
     """The same of `quantize.grouped_mm.float8`."""
     microbatches: int = 1
+    chunk_size: int = 7
+    """Tokens in a chunk of the loss. The last chunk is a shorter one, which has a graph of its own where the loss is compiled."""
     tied: bool = False
     documents: bool = False
     """Whether sequences hold several documents, to which attention keeps."""
@@ -212,9 +214,9 @@ def run_case(case: Case, device_type: str = "cpu") -> Outcome:
     float8 = build_float8_training(
         model, converters=config.model.converters, quantize=config.quantize, dims=dims, device=device
     )
-    # The last chunk is a shorter one, unless that would make a further graph of the loss.
-    chunk_size = 8 if config.compile.enable else 7
-    loss_fn = build_loss(chunk_size=chunk_size, compilation=config.compile, parallelism=config.parallelism, dims=dims)
+    loss_fn = build_loss(
+        chunk_size=case.chunk_size, compilation=config.compile, parallelism=config.parallelism, dims=dims
+    )
     passes = build_passes(
         model,
         stages,

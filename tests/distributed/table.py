@@ -226,6 +226,7 @@ class Row:
             ranks,
             **merged,
             microbatches=accumulation,
+            chunk_size=8 if merged["compile"] else 7,  # a graph of one size is enough
             tied=any(technique.tied for technique in self.techniques),
             documents=any(technique.documents for technique in self.techniques),
             base=base,

@@ -182,7 +182,7 @@ def _count_graphs() -> tuple[Outcome, int]:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    case = Case("", 2, EP2, compile=EAGER_COMPILE, base=EXPERT_ARGS)
+    case = Case("", 2, EP2, compile=EAGER_COMPILE, chunk_size=8, base=EXPERT_ARGS)
     return run_case(case), counters["stats"]["unique_graphs"]
 
 
