@@ -2,7 +2,7 @@
 
 Processes come from a fork server that has torch imported, so that a test costs tenths of a second rather than the
 seconds per rank that fresh interpreters take. Functions that allow it run on the same processes one after another, each with a
-process group of its own: what has trained once does so again in half the time.
+process group of its own: starting a process and training in it for the first time takes a good part of a short test.
 """
 
 import atexit
