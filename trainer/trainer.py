@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.common.attention import attention_kernels
-from models.registry import get_model_spec
+from trainer.build_model import build_model
 from trainer.components.attention_report import log_attention_kernel
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
@@ -51,7 +51,6 @@ from trainer.distributed.stop_signals import StopSignals
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.weight_init import init_weights
 from trainer.low_precision.float8_training import build_float8_training
-from trainer.parallelize import parallelize
 
 logger = logging.getLogger(__name__)
 
@@ -404,20 +403,7 @@ class Trainer(AbstractContextManager):
         parameters, elsewhere too.
         """
         config = self.config
-        spec = get_model_spec(config.model.name)
-        seq_len = max(config.training.seq_len, config.validation.seq_len if config.validation.enable else 0)
-        args = dataclasses.replace(
-            spec.get_args(config.model.flavor),
-            max_seq_len=seq_len,
-            attn_mask_type=config.model.attn_mask_type,
-            **config.model.get_changes(),
-        )
-        with torch.device("meta"):
-            model = spec.load_model_class()(args)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
-        names = [name for name, _ in model.named_parameters()]
-        stages = parallelize(model, plan=spec.build_plan(args), dims=self.dims, config=config)
+        args, model, stages, names = build_model(config, self.dims)
         weight_device = torch.device("cpu") if config.training.enable_cpu_offload else self.device
         init_weights(model, seed=self.seed, device=weight_device, buffer_device=self.device)
         model.train()
