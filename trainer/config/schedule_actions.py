@@ -159,7 +159,7 @@ def build_timetable(order: Order, pairs: Collection[Action] = frozenset()) -> Ti
         ends = {}
         for rank, actions in enumerate(upcoming):
             group = _list_group(actions, pairs)
-            needed = [action for member in group for action in _list_needed(member, last_stage)]
+            needed = [action for member in group for action in list_needed(member, last_stage)]
             if group and all(action in done for action in needed):
                 begin = max([free_from[rank], *(done[action] for action in needed)])
                 ends[rank] = begin + sum(_DURATIONS[member.kind] for member in group)
@@ -190,7 +190,7 @@ def _list_group(upcoming: Sequence[Action], pairs: Container[Action]) -> list[Ac
     return [upcoming[i] for i in range(min(len(upcoming), 2 if upcoming and upcoming[0] in pairs else 1))]
 
 
-def _list_needed(action: Action, last_stage: int) -> list[Action]:
+def list_needed(action: Action, last_stage: int) -> list[Action]:
     """Return what must be done before: in terms of F, I and W."""
     stage, kind, microbatch = action
     if kind == "F":

@@ -237,11 +237,16 @@ def _set_prefetch(units: list[list[nn.Module]], experts: list[nn.Module], ahead:
 
 
 def choose_accumulation(
-    model: nn.Module, *, parallelism: ParallelismConfig, training: TrainingConfig, device: torch.device
+    model: nn.Module,
+    *,
+    parallelism: ParallelismConfig,
+    training: TrainingConfig,
+    device: torch.device,
+    device_bytes: int | None = None,
 ) -> Accumulation:
     """Return how gradients accumulate over microbatches: `parallelism.fsdp_accumulation` with `auto` decided.
 
-    Whole gradients cost 4 bytes a parameter of `model` and save all reductions but the last. FSDP2 holds them in the dtype
+    device_bytes: memory of the device, where it is another than the one that is here. Whole gradients cost 4 bytes a parameter of `model` and save all reductions but the last. FSDP2 holds them in the dtype
     of the reduction, so that `auto` refuses a bf16 one: sums over many microbatches would lose bits there.
     """
     reduces_in_fp32 = training.mixed_precision_reduce == "float32"
@@ -255,10 +260,11 @@ def choose_accumulation(
         return parallelism.fsdp_accumulation
     if not reduces_in_fp32:
         return "sharded"
-    if device.type != "cuda":
-        return "unsharded"
+    if device_bytes is None:
+        if device.type != "cuda":
+            return "unsharded"
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
     whole_bytes = 4 * sum(_count_gathered(p) for p in model.parameters())
-    device_bytes = torch.cuda.get_device_properties(device).total_memory
     return "unsharded" if whole_bytes <= _WHOLE_GRADIENTS_SHARE * device_bytes else "sharded"
 
 
