@@ -3,6 +3,7 @@
 #
 #   CONFIG_FILE  TOML file of the run (default: train_configs/debug_llama3.toml)
 #   NGPU         processes on this host (default: the visible GPUs, else 1)
+#                (job.plan plans for NGPU x NNODES, whatever is here: NGPU=8 NNODES=4 ./run_train.sh --job.plan)
 #   LOG_RANK     ranks whose log is shown, such as 0 or 0,8 (default 0). Warnings and errors of every rank are always shown.
 #   NNODES       hosts (default 1). With more than one, on each of them either MASTER_ADDR, MASTER_PORT and NODE_RANK, or
 #                RDZV_ENDPOINT (host:port of one of them). RDZV_ID, the same on all, keeps runs at one port apart.
@@ -63,7 +64,8 @@ wants_answer() { # whether the arguments ask for an answer and not for a run
     local word
     for word in "$@"; do
         case "$word" in
-        -h | --help | --job.validate_only | --job.validate-only | --job.validate_only=[Tt]rue | --job.validate-only=[Tt]rue)
+        -h | --help | --job.validate[_-]only | --job.validate[_-]only=[Tt]rue | --job.plan | --job.plan=[Tt]rue | \
+            --job.plan[_-]search | --job.plan[_-]search=[Tt]rue)
             return 0
             ;;
         esac
@@ -99,7 +101,7 @@ LOG_RANK="${LOG_RANK:-0}"
 require_count NGPU "$NGPU"
 require_count NNODES "$NNODES"
 [[ "$LOG_RANK" =~ ^[0-9]+(,[0-9]+)*$ ]] || die "LOG_RANK=$LOG_RANK: must be ranks separated by commas, such as 0 or 0,8"
-set_launch
+wants_answer "$@" || set_launch
 setup_environment
 
 ARGS=("$@")

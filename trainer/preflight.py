@@ -34,13 +34,14 @@ _TABLES = {
 }
 
 
-def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = True) -> None:
+def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = True, needs_files: bool = True) -> None:
     """Logs the warnings about a loaded configuration, and raises all of its problems at once.
 
     Args:
         loaded: what `load_config` returned; its own problems come first.
         world_size: number of processes; None leaves out the rules about it.
         log_warnings: False where another process says them already.
+        needs_files: False where data, tokenizer and weights need not be there, for a plan.
 
     Raises:
         ConfigError: something is wrong.
@@ -48,10 +49,12 @@ def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = 
     problems, warnings = find_problems(loaded.config, world_size=world_size, broken_keys=loaded.broken_keys)
     # Only what is wrong in itself speaks for its key: of a combination, another key may be the one to blame.
     wrong_alone = {p.keys[0] for p in problems if len(p.keys) == 1}.union(loaded.broken_keys)
-    problems += [p for p in find_preflight_problems(loaded.config) if not wrong_alone.intersection(p.keys)]
+    find_more = find_preflight_problems if needs_files else find_layout_problems
+    problems += [p for p in find_more(loaded.config) if not wrong_alone.intersection(p.keys)]
     report = [*loaded.problems, *(_add_origins(problem, loaded.origins) for problem in problems)]
     if log_warnings:
-        for warning in [*loaded.warnings, *warnings, *find_preflight_warnings(loaded.config)]:
+        of_data = find_preflight_warnings(loaded.config) if needs_files else ()
+        for warning in [*loaded.warnings, *warnings, *of_data]:
             logger.warning("%s", _add_origins(warning, loaded.origins))
     if report:
         raise ConfigError(report)
@@ -125,6 +128,17 @@ def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
         yield from _check_args(args, config)
         yield from _check_parallelism(args, config)
     yield from _check_tokenizer(args, config)
+
+
+def find_layout_problems(config: JobConfig) -> Iterator[Problem]:
+    """What does not fit the model, of all that decides memory and speed: nothing about files."""
+    yield from _check_custom_import(config)
+    yield from _check_tables(config)
+    args, problems = _find_args(config)
+    yield from problems
+    if args is not None:
+        yield from _check_args(args, config)
+        yield from _check_parallelism(args, config)
 
 
 def _add_origins(problem: Problem, origins: dict[str, str]) -> str:

@@ -38,12 +38,16 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     loaded = load_config(argv)
     config = loaded.config
     setup_logging(rank=rank, shown_ranks=shown_ranks, color=not config.metrics.disable_color_printing)
+    plans = config.job.plan or config.job.plan_search
+    if plans and config.plan.world_size is not None:
+        world_size = config.plan.world_size
     try:
-        check(loaded, world_size, log_warnings=rank == 0)
+        # A search checks the layouts that it tries.
+        check(loaded, None if config.job.plan_search else world_size, log_warnings=rank == 0, needs_files=not plans)
         if config.experimental.custom_import and not config.job.validate_only:
             importlib.import_module(config.experimental.custom_import)
             check_registered(loaded)
-        if config.model.converters and not config.job.validate_only:
+        if config.model.converters and not (config.job.validate_only or plans):
             check_conversion(loaded, local_rank=int(environment.get("LOCAL_RANK", 0)), world_size=world_size)
     except ConfigError as error:
         # Every rank finds the same; one tells it.
@@ -53,7 +57,20 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     if config.job.validate_only:
         print(format_config(loaded))
         return 0
+    if plans:
+        return _plan(loaded, world_size)
     return _run(loaded, environment, rank=rank, world_size=world_size)
+
+
+def _plan(loaded: LoadedConfig, world_size: int) -> int:
+    """Answer without starting anything. Return the exit code: 0, 1 where nothing fits, 2 for what cannot be planned."""
+    from trainer.planner.main import answer  # late: it imports torch
+
+    try:
+        return answer(loaded.config, world_size)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIGURATION
 
 
 def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, world_size: int) -> int:

@@ -21,6 +21,8 @@ FLOORS = {
     "trainer/low_precision/": 2,
     "trainer/parallelize.py": 2.5,
     "trainer/components/": 3,
+    "trainer/build_model.py": 2.7,
+    "trainer/planner/": 4,
     "trainer/preflight.py": 4,
     "trainer/preflight_low_precision.py": 4,
     "trainer/preflight_parallel.py": 4,
@@ -29,7 +31,16 @@ FLOORS = {
 }
 PROJECT = ("trainer", "models", "scripts", "tests")
 CONFIG_MAY_IMPORT = {*sys.stdlib_module_names, "tomli", "tomli_w", "tyro"}
-MAY_NAME_JOB_CONFIG = {"trainer/train.py", "trainer/trainer.py", "trainer/preflight.py", "trainer/parallelize.py"}
+MAY_NAME_JOB_CONFIG = {
+    *(
+        "trainer/train.py",
+        "trainer/trainer.py",
+        "trainer/preflight.py",
+        "trainer/parallelize.py",
+        "trainer/build_model.py",
+    ),
+    *(f"trainer/planner/{name}.py" for name in ("dry_run", "main", "plan", "search")),
+}
 MAY_READ_ENVIRONMENT = {"trainer/train.py"}
 ENVIRONMENT_SETTERS = {"setdefault", "update"}
 MAX_FILE_LINES = 500

@@ -13,7 +13,7 @@ from trainer.config.fields import get_leaves, get_value, show
 from trainer.config.schema import JobConfig
 
 HARMLESS = (
-    "job.*", "profiling.*", "metrics.*", "checkpoint.*", "comm.*", "memory_estimation.*", "fault_tolerance.*", "validation.*",
+    "job.*", "profiling.*", "metrics.*", "checkpoint.*", "comm.*", "memory_estimation.*", "plan.*", "fault_tolerance.*", "validation.*",
     "data.cache_dir", "data.prepare_workers", "data.max_bad_rows", "data.read_retries", "data.read_timeout_seconds",
     "model.print_after_conversion", "training.steps", "training.gc_*", "training.dataloader.*", "training.nonfinite_*",
     "training.spike_*", "quantize.linear.float8.write_scales_file", "quantize.linear.float8.measure_freq",

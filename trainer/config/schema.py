@@ -17,6 +17,7 @@ from trainer.config.schema_parallel import (
     MemoryEstimationConfig,
     ParallelismConfig,
 )
+from trainer.config.schema_plan import PlanConfig
 from trainer.config.schema_quantize import QuantizeConfig
 from trainer.config.schema_training import (
     DataConfig,
@@ -46,6 +47,10 @@ class JobSection:
     """A further file, relative to `dump_folder`, to write the resolved configuration to (config.toml is always written)."""
     custom_config_module: str = ""
     """torchtitan's merge of a user-written config class. Not available: use `experimental.custom_import`."""
+    plan: bool = False
+    """Say what each GPU's memory will hold, whether it fits, and how fast a step should be, and exit. Needs no GPU; see the section `plan`."""
+    plan_search: bool = False
+    """Try layouts (data, tensor, context, pipeline and expert parallelism, recomputation, batch) that fit the number of GPUs, list the fastest that fit their memory, and exit."""
     validate_only: bool = False
     """Check the configuration, print it with the origin of each value that is not a default, and exit."""
 
@@ -182,6 +187,7 @@ class JobConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     memory_estimation: MemoryEstimationConfig = field(default_factory=MemoryEstimationConfig)
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -123,9 +123,9 @@ class MemoryEstimationConfig:
     """torchtitan's memory estimator."""
 
     enable: bool = False
-    """Estimate memory and exit. Not available yet."""
+    """torchtitan's dry run. Refused: use `job.plan`."""
     disable_fake_mode: bool = False
-    """Estimate with real tensors. Not available yet."""
+    """torchtitan's estimate with real tensors. Has no effect here."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal(
         "memory_estimation.enable",
         bool,
-        "the memory estimator is not available yet. Run a few steps: the log shows the peak.",
+        "plan with job.plan in its place: it says what memory will hold, and how fast a step should be.",
     ),
     Refusal(
         "comm.mode", lambda mode: mode != "default", "dry-run modes are not available. Use default on one process."
@@ -59,7 +59,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "training.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "validation.dataloader.persistent_workers": "workers are threads, which live as long as the loader.",
     "model.print_after_conversion": "what is converted, and what not, is always in the log.",
-    "memory_estimation.disable_fake_mode": "there is no memory estimator yet.",
+    "memory_estimation.disable_fake_mode": "job.plan estimates memory, on fake tensors.",
 }
 """Settings that change nothing, so that a value other than the default gets a warning with this reason."""
 

@@ -1,0 +1,61 @@
+"""Plans of runs that were measured, and of small ones. Each dry run is a process of its own, of the planner's making."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.planner_table import ROWS, compare
+from trainer.config.manager import load_config
+from trainer.planner.hardware import GIB
+from trainer.planner.main import answer
+from trainer.planner.plan import Plan, make_plan
+
+CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
+MEASURED = {row.name: row for row in ROWS}
+
+
+def plan(arguments: list[str], world_size: int) -> Plan:
+    return make_plan(load_config(arguments).config, world_size)
+
+
+@pytest.mark.parametrize("name", ["8 layers, PP 2 x FSDP 2, 1F1B", "6 layers of 16B, FSDP 2"])
+def test_memory_and_speed_are_those_that_were_measured(name: str) -> None:
+    """All rows: `python -m tests.distributed.planner_table`."""
+    _, memory_error, _, speed_error = compare(MEASURED[name])
+    assert abs(memory_error) < 0.05
+    assert abs(speed_error) < 0.15
+
+
+def test_plans_of_a_small_model(tmp_path: Path) -> None:
+    debug = [
+        "--job.config_file",
+        str(CONFIGS / "debug_llama3.toml"),
+        "--training.seq_len",
+        "512",
+        "--plan.memory_gib",
+        "3",
+    ]
+    plain = plan(debug, 8)
+    parallel = plan([*debug, "--parallelism.tensor_parallel_degree", "2", "--activation_checkpoint.mode", "full"], 8)
+    n_bytes = 4 * plain.parameters / 8
+    parts = plain.worst.memory.parts
+    assert parts["parameters"] == pytest.approx(n_bytes, rel=0.15)
+    assert parts["optimizer"] == pytest.approx(2 * n_bytes, rel=0.05)
+    assert parallel.worst.memory.parts["activations"] < 0.5 * parts["activations"]
+    assert {entry.axis for entry in plain.transfers} == {"fsdp"}
+    assert {entry.axis for entry in parallel.transfers} == {"fsdp", "tp"}
+    gathered = next(entry for entry in plain.transfers if entry.kind == "all-gather")
+    assert gathered.bytes >= 2 * plain.parameters  # bf16, each weight once or twice
+    assert plain.fits
+
+
+def test_answer_is_no_where_memory_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    debug = ["--job.config_file", str(CONFIGS / "debug_llama3.toml"), "--plan.memory_gib", "0.5"]
+    config = load_config([*debug, "--job.dump_folder", str(tmp_path)]).config
+    assert answer(config, 8) == 1
+    assert "NO, it does not fit" in capsys.readouterr().out
+    data = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert data["fits"] is False
+    assert data["gpu_bytes"] == GIB // 2
+    assert (tmp_path / "plan" / "memory.png").exists()

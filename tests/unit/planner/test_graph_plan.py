@@ -1,0 +1,45 @@
+"""Which results of a graph come to exist, and when they are freed."""
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from trainer.planner.graph_plan import list_kernels
+
+
+def trace(function, *shapes):
+    inputs = [torch.empty(shape, device="meta") for shape in shapes]
+    return make_fx(function, tracing_mode="fake")(*inputs).graph
+
+
+def test_only_what_products_read_and_what_is_returned_exists():
+    def f(x, w):
+        return ((x.exp() + 1).sigmoid() @ w).relu() * 2
+
+    kernels = list_kernels(trace(f, (4, 8), (8, 2)))
+    assert [(kernel.node.target.__name__, kernel.is_fused) for kernel in kernels] == [
+        ("sigmoid.default", True),
+        ("mm.default", False),
+        ("mul.Tensor", True),
+    ]
+    first, product, last = kernels
+    assert [node.name for node in first.frees] == ["x_1"]
+    assert [node.name for node in product.frees] == ["sigmoid", "w_1"]
+    assert [node.name for node in last.frees] == ["mm"]
+
+
+def test_views_keep_what_they_look_at():
+    def f(x, w):
+        y = x @ w
+        return y.t()[:1], y.exp()
+
+    kernels = list_kernels(trace(f, (4, 8), (8, 2)))
+    assert [kernel.node.target.__name__ for kernel in kernels] == ["mm.default", "exp.default"]
+    assert kernels[1].frees == []
+
+
+def test_kernels_in_a_row_read_what_they_share_once():
+    def f(x):
+        return x.exp(), x.sin()
+
+    first, second = list_kernels(trace(f, (4, 8)))
+    assert (first.shared_reads, second.shared_reads) == (0, 4 * 8 * 4)

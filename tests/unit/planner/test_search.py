@@ -1,0 +1,55 @@
+"""Which layouts a search tries, and what it lists: with plans that are made up."""
+
+import dataclasses
+
+from tests.unit.planner.plans import make_made_up_plan
+from trainer.config.manager import load_config
+from trainer.config.toml_file import tomli
+from trainer.planner.search import Search, apply_layout, format_results, format_toml
+
+ARGUMENTS = ["--model.flavor", "8B", "--training.local_batch_size", "2", "--compile.enable"]
+
+
+def search(fits, *, world_size=8, arguments=()):
+    """Search with plans in which `fits` decides, and speed falls with recomputation and tensor parallelism."""
+    tried = []
+
+    def plan(config, world_size):
+        tried.append(config)
+        speed = 1000 * config.training.local_batch_size / config.parallelism.tensor_parallel_degree
+        speed /= {"none": 1, "selective": 2, "full": 3}[config.activation_checkpoint.mode]
+        return make_made_up_plan(speed=speed, needed=1 if fits(config) else 200, world_size=world_size)
+
+    config = load_config([*ARGUMENTS, *arguments]).config
+    return Search(config, world_size, plan).run(), tried, config
+
+
+def test_the_fastest_layout_that_fits_comes_first_and_can_be_pasted():
+    results, _, config = search(lambda c: c.training.local_batch_size <= 2)
+    assert all(result.fits for result in results)
+    speeds = [result.plan.tokens_per_second for result in results]
+    assert speeds == sorted(speeds, reverse=True)
+    best = results[0].layout
+    assert (best["activation_checkpoint.mode"], best["training.local_batch_size"]) == ("none", 2)
+    pasted = tomli.loads("\n".join(format_toml(best)))
+    assert pasted["training"] == {"local_batch_size": 2}
+    changed = apply_layout(config, best)
+    assert dataclasses.replace(config.parallelism, **pasted["parallelism"]) == changed.parallelism
+
+
+def test_more_recomputation_is_tried_only_where_it_can_make_room():
+    _, tried, _ = search(lambda _: True, world_size=1)
+    assert [(c.activation_checkpoint.mode, c.training.local_batch_size) for c in tried] == [("none", 4)]
+
+
+def test_layouts_that_the_model_refuses_are_not_tried():
+    _, tried, _ = search(lambda _: False, world_size=64, arguments=["--plan.search_seconds", "20"])
+    degrees = {c.parallelism.tensor_parallel_degree for c in tried}
+    assert degrees <= {1, 2, 4, 8}
+    assert all(c.parallelism.expert_parallel_degree == 1 for c in tried), "Llama has no experts"
+
+
+def test_where_nothing_fits_it_says_so():
+    results, _, _ = search(lambda _: False, world_size=1)
+    assert len(results) == 1
+    assert "nothing fits" in format_results(results)

@@ -1,0 +1,127 @@
+"""A backend of torch.compile that compiles nothing: graphs are cut into forward and backward as Inductor cuts them, and "run" on
+fake tensors kernel by kernel, so that what they keep and what they need is known.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import partition_fn
+from torch._inductor.decomposition import select_decomp_table
+
+from trainer.planner.graph_plan import Kernel, count_bytes, example_of, get_call, is_view, list_kernels
+from trainer.planner.network import Transfer, describe_collective, list_inner_transfers
+from trainer.planner.operations import Work, as_number, describe
+from trainer.planner.recorder import Recorder
+
+Backend = Callable[..., Any]
+
+
+def build_backend(recorder: Recorder) -> Backend:
+    """Return the backend, which leaves its traces in `recorder`."""
+
+    def compile_graph(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        graph = _PlannedGraph(module, recorder)
+
+        def run(args: list[Any]) -> Any:
+            return graph.run(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return aot_autograd(
+        fw_compiler=compile_graph,
+        bw_compiler=compile_graph,
+        inference_compiler=compile_graph,
+        partition_fn=partition_fn,
+        decompositions=select_decomp_table,
+    )
+
+
+class _PlannedGraph:
+    """One graph, forward or backward."""
+
+    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
+        graph = module.graph
+        self._recorder = recorder
+        self._module = module
+        self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self._constants = [node for node in graph.nodes if node.op == "get_attr"]
+        self._output = next(node for node in graph.nodes if node.op == "output")
+        self._steps = [
+            (kernel, _describe_kernel(kernel), _list_inner_transfers(kernel)) for kernel in list_kernels(graph)
+        ]
+
+    def run(self, args: list[Any]) -> list[Any]:
+        """Take the steps of the graph. args: its inputs, which are let go of where the graph reads them last."""
+        values: dict[fx.Node, Any] = dict(zip(self._inputs, args, strict=True))
+        args.clear()
+        for node in self._constants:
+            values[node] = getattr(self._module, str(node.target))
+        for kernel, work, transfers in self._steps:
+            node = kernel.node
+            if work is None:
+                self._communicate(node, values)
+            else:
+                values[node] = self._make_result(node, values)
+                self._recorder.spend(work)
+            for transfer in transfers:
+                self._recorder.send(transfer, waits=True)
+            for gone in kernel.frees:
+                values.pop(gone, None)
+        return [self._look(part, values) for part in self._output.args[0]]
+
+    def _make_result(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return self._look(node.all_input_nodes[0], values)
+        return _make(example_of(node))
+
+    def _communicate(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """A collective, or the wait for it: on these streams the wait is where the graph says, right behind it."""
+        if getattr(node.target, "overloadpacket", None) is torch.ops._c10d_functional.wait_tensor:
+            values[node] = self._look(node.all_input_nodes[0], values)
+            return
+        values[node] = self._make_result(node, values)
+        transfer = describe_collective(node.target, fx.map_arg(node.args, example_of), dict(node.kwargs))
+        if transfer is not None:
+            self._recorder.send(transfer, waits=True)
+
+    def _look(self, part: Any, values: dict[fx.Node, Any]) -> Any:
+        """Return the value of what a graph returns: a result, or a view of one."""
+        if not isinstance(part, fx.Node):
+            return part
+        if part in values:
+            return values[part]
+        assert is_view(part), f"{part} was not kept"
+        args = fx.map_arg(part.args, lambda node: self._look(node, values))
+        kwargs = fx.map_arg(part.kwargs, lambda node: self._look(node, values))
+        return part.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _make(example: Any) -> Any:
+    if isinstance(example, tuple | list):
+        return tuple(_make(part) for part in example)
+    if not isinstance(example, Tensor):
+        return example
+    shape, stride = (tuple(map(as_number, sizes)) for sizes in (example.shape, example.stride()))
+    return torch.empty_strided(shape, stride, dtype=example.dtype, device="cpu")
+
+
+def _list_inner_transfers(kernel: Kernel) -> list[Transfer]:
+    return [] if kernel.is_fused else list_inner_transfers(kernel.node.target, fx.map_arg(kernel.node.args, example_of))
+
+
+def _describe_kernel(kernel: Kernel) -> Work | None:
+    """Return the work of a kernel; None for communication."""
+    node = kernel.node
+    target = node.target
+    if getattr(target, "namespace", "") == "_c10d_functional":
+        return None
+    if kernel.is_fused:
+        size = count_bytes(node) + sum(count_bytes(read) for read in kernel.reads) - kernel.shared_reads
+        return Work("memory", bytes=max(size, 0), name=f"fused {node.name}")
+    operation, args = get_call(node)
+    return describe(operation, fx.map_arg(args, example_of), example_of(node), name=node.name)

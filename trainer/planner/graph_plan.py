@@ -1,0 +1,162 @@
+"""What a compiled graph does on a GPU, in kernels: which tensors come to exist, when they are freed, what is computed.
+
+Inductor fuses elementwise operations and reductions, so that most results of a graph are never in memory. A result is, here, if
+the graph returns it, or if an operation reads it that is not fused: matrix products, attention, sorting, communication. The others
+are computed where they are used. Kernels run in the order of the graph, and what nobody reads any more is freed at once, as
+Inductor's generated code does.
+"""
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from trainer.planner.operations import list_tensors, sum_bytes
+
+_ATEN = torch.ops.aten
+
+_UNFUSED = {
+    _ATEN.mm,
+    _ATEN.addmm,
+    _ATEN.bmm,
+    _ATEN.baddbmm,
+    _ATEN._scaled_mm,
+    _ATEN._grouped_mm,
+    _ATEN._scaled_grouped_mm,
+    _ATEN.convolution,
+    _ATEN.sort,
+    _ATEN.topk,
+    _ATEN.scatter,
+    _ATEN.scatter_add,
+    _ATEN.index_put,
+    _ATEN.cumsum,
+    _ATEN.embedding_dense_backward,
+    _ATEN._scaled_dot_product_cudnn_attention,
+    _ATEN._scaled_dot_product_cudnn_attention_backward,
+    _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_backward,
+    _ATEN._scaled_dot_product_efficient_attention,
+    _ATEN._scaled_dot_product_efficient_attention_backward,
+}
+
+
+@dataclass
+class Kernel:
+    """One step of a graph."""
+
+    node: fx.Node
+    is_fused: bool
+    reads: list[fx.Node] = field(default_factory=list)
+    """What has to be in memory: results of other kernels, or inputs."""
+    frees: list[fx.Node] = field(default_factory=list)
+    """What nobody reads after this."""
+    shared_reads: int = 0
+    """Bytes that the fused kernel before reads as well: the two are one in truth."""
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a result is another look at its first argument."""
+    target = node.target
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    packet = target.overloadpacket
+    return target.is_view or packet in (_ATEN._unsafe_view, _ATEN.reshape, _ATEN.alias, _ATEN.detach, _ATEN.lift_fresh)
+
+
+def is_unfused(node: fx.Node) -> bool:
+    """Whether an operation is a kernel of its own, called with whole tensors."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True  # a higher-order operation
+    return target.namespace not in ("aten", "prims") or target.overloadpacket in _UNFUSED
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """Return what a chain of views looks at."""
+    while node.op == "call_function" and is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def list_kernels(graph: fx.Graph) -> list[Kernel]:
+    """Return the kernels of a graph, in order."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    returned = {base_of(node) for node in output.all_input_nodes}
+    in_memory = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")} | returned
+    calls = [node for node in graph.nodes if node.op == "call_function" and not is_view(node)]
+    for node in calls:
+        if is_unfused(node):
+            in_memory.add(node)
+            in_memory.update(base_of(arg) for arg in node.all_input_nodes)
+        elif _writes_in_place(node):
+            in_memory.add(node)
+    sources: dict[fx.Node, frozenset[fx.Node]] = {}
+    kernels: list[Kernel] = []
+    for node in graph.nodes:
+        if node.op != "call_function" or is_view(node):
+            continue
+        reads: set[fx.Node] = set()
+        for arg in (base_of(arg) for arg in node.all_input_nodes):
+            reads |= {arg} if arg in in_memory else sources[arg]
+        if node in in_memory:
+            kernels.append(Kernel(node, not is_unfused(node), sorted(reads, key=lambda n: n.name)))
+        else:
+            sources[node] = frozenset(reads)
+    _find_last_reads(kernels, returned)
+    _find_shared_reads(kernels)
+    return kernels
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _find_last_reads(kernels: list[Kernel], returned: set[fx.Node]) -> None:
+    seen = set(returned)
+    for kernel in reversed(kernels):
+        for node in (*kernel.reads, kernel.node):
+            if node not in seen:
+                seen.add(node)
+                kernel.frees.append(node)
+
+
+def _find_shared_reads(kernels: list[Kernel]) -> None:
+    """Fused kernels in a row that read the same are one: what they share is read once."""
+    run: set[fx.Node] = set()
+    for kernel in kernels:
+        if not kernel.is_fused:
+            run = set()
+            continue
+        shared = run.intersection(kernel.reads)
+        kernel.shared_reads = sum(map(count_bytes, shared))
+        run |= {*kernel.reads, kernel.node}
+
+
+def example_of(node: fx.Node) -> Any:
+    """Return what a node stands for: a fake tensor, or several. Of what the graph does not say, as much as its parts do."""
+    value = node.meta.get("val")
+    if value is not None:
+        return value
+    parts: dict[Any, Any] = {user.args[1]: example_of(user) for user in node.users if user.target is operator.getitem}
+    return tuple(parts.get(place) for place in range(1 + max(parts))) if parts else None
+
+
+def count_bytes(node: fx.Node) -> int:
+    """Return the bytes of what a node stands for."""
+    return sum_bytes(list_tensors(example_of(node)))
+
+
+def get_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """Return the operation of a kernel, and all its arguments: that inside, where random numbers are kept for recomputation."""
+    args = (*node.args, *node.kwargs.values())
+    name = getattr(node.target, "_name", "")
+    if name == "run_and_save_rng_state":
+        return args[0], args[1:]
+    if name == "run_with_rng_state":
+        return args[1], args[2:]
+    return node.target, args

@@ -1,0 +1,48 @@
+"""The answers of `--job.plan` and `--job.plan_search`: on the terminal, and in files."""
+
+import json
+import logging
+from pathlib import Path
+
+from trainer.config.schema import JobConfig
+from trainer.planner.chart import draw_memory
+from trainer.planner.plan import make_plan
+from trainer.planner.report import format_plan, to_json
+from trainer.planner.search import Search, format_results
+
+logger = logging.getLogger(__name__)
+
+
+def answer(config: JobConfig, world_size: int) -> int:
+    """Print what the settings ask for. Return the exit code: 0, or 1 where nothing fits.
+
+    Writes `plan/plan.json` and `plan/memory.png` to the dump folder.
+
+    Raises:
+        ValueError: settings that cannot be planned.
+    """
+    _quiet()
+    if config.job.plan_search:
+        results = Search(config, world_size).run()
+        print(format_results(results))
+        return 0 if any(result.fits for result in results) else 1
+    plan = make_plan(config, world_size)
+    folder = Path(config.job.dump_folder) / "plan"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
+    print(format_plan(plan))
+    written = f"{folder}/plan.json"
+    try:
+        draw_memory(plan, folder / "memory.png")
+        written += f" and {folder}/memory.png"
+    except ImportError:
+        logger.warning("no picture of the memory: matplotlib is not installed (the extra `plots`)")
+    print(f"\nwritten: {written}")
+    return 0 if plan.fits else 1
+
+
+def _quiet() -> None:
+    """What the parts of a run log is for runs."""
+    for name in ("trainer", "torch.distributed", "torch._dynamo"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("trainer.planner").setLevel(logging.WARNING)

@@ -1,0 +1,237 @@
+"""Fake tensors that leave a trace: what memory each operation takes and gives back, and how long it keeps a stream busy.
+
+The tensors are fake ones on the CPU, which stand for those on a GPU: fake CUDA tensors abort a torch without CUDA in their backward
+pass. What the program does otherwise on a CPU is replaced in `stand_ins`.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.callback import callback_handler
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+from trainer.planner.network import Transfer, describe_collective, list_inner_transfers
+from trainer.planner.operations import Work, as_number, describe, list_tensors
+from trainer.planner.streams import PlannedStream, Streams
+
+_COMPUTE_FREE = ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "alias")
+_NO_WORK = {getattr(torch.ops.aten, name) for name in _COMPUTE_FREE} | {torch.ops.prim.device}
+
+
+@dataclass(slots=True)
+class Allocation:
+    """One piece of memory, from when it is asked for until nobody holds it."""
+
+    key: int
+    size: int
+    """Bytes."""
+    stream: str
+    phase: str
+    """What the program was doing."""
+    time: float
+    is_gathered: bool = False
+    """It holds what FSDP gathered."""
+    role: str = ""
+    """What it turned out to be, once that is known."""
+
+
+@dataclass(slots=True)
+class Change:
+    """Memory taken or given back."""
+
+    allocation: Allocation
+    is_taken: bool
+    phase: str
+    time: float
+
+
+@dataclass
+class Span:
+    """Something that kept a stream busy."""
+
+    stream: str
+    work: Work | Transfer
+    phase: str
+    begin: float
+    seconds: float
+
+
+class Recorder(FakeTensorMode):
+    """A mode of fake tensors, as torch knows them, with a memory of what happened."""
+
+    def __init__(self, seconds_of: Callable[[Work | Transfer], float]) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.streams = Streams()
+        self.changes: list[Change] = []
+        self.spans: list[Span] = []
+        self._pauses = 0
+        self._seconds_of = seconds_of
+        self._phase = "setup"
+        self._live: dict[int, Allocation] = {}
+        self._count = 0
+        self._networks: dict[str, PlannedStream] = {}
+        self._arrivals: dict[int, float] = {}
+
+    # --- what is going on ---
+
+    @property
+    def phase(self) -> str:
+        """What the program is doing: as it was told, or backward where autograd is at work."""
+        if self._phase == "forward" and torch._C._current_graph_task_id() != -1:
+            return "backward"
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator["Recorder"]:
+        """Be the mode, give out streams, and leave out what compilers do."""
+
+        def pause(*_: Any) -> None:
+            self._pauses += 1
+
+        def go_on(*_: Any) -> None:
+            self._pauses -= 1
+
+        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def propagate_unseen(*args: Any, **kwargs: Any) -> Any:
+            # DTensor finds shapes out by calling the operation on tensors of the whole size.
+            pause()
+            try:
+                return propagate(*args, **kwargs)
+            finally:
+                go_on()
+
+        resize = torch.UntypedStorage.resize_
+        callback_handler.register_start_callback(pause)
+        callback_handler.register_end_callback(go_on)
+        try:
+            with (
+                self.streams.installed(),
+                mock.patch.object(torch.UntypedStorage, "resize_", self._wrap_resize(resize)),
+                mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
+                self,
+            ):
+                yield self
+        finally:
+            callback_handler.remove_start_callback(pause)
+            callback_handler.remove_end_callback(go_on)
+
+    # --- memory ---
+
+    def _wrap_resize(self, resize: Callable[..., Any]) -> Callable[..., Any]:
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if not self._pauses:
+                self._give_back(id(storage))
+                self._take(storage, is_gathered=True)
+            return result
+
+        return resized
+
+    def _take(self, storage: torch.UntypedStorage, *, is_gathered: bool = False) -> None:
+        size = as_number(storage.nbytes())
+        key = id(storage)
+        if key in self._live:
+            return
+        self._count += 1
+        allocation = Allocation(self._count, size, self.streams.current.name, self.phase, self._now(), is_gathered)
+        self._live[key] = allocation
+        if size:
+            self.changes.append(Change(allocation, True, allocation.phase, allocation.time))
+        weakref.finalize(storage, self._give_back_if, key, allocation)
+
+    def _give_back_if(self, key: int, allocation: Allocation) -> None:
+        if self._live.get(key) is allocation:
+            self._give_back(key)
+
+    def _give_back(self, key: int) -> None:
+        allocation = self._live.pop(key, None)
+        if allocation is not None and allocation.size:
+            self.changes.append(Change(allocation, False, self.phase, self._now()))
+
+    def find(self, tensor: Tensor) -> Allocation | None:
+        """Return the memory of a tensor that is alive."""
+        return self._live.get(id(tensor.untyped_storage()))
+
+    def _now(self) -> float:
+        return self.streams.compute.clock
+
+    # --- time ---
+
+    def spend(self, work: Work) -> None:
+        """Keep the current stream busy with a kernel."""
+        seconds = self._seconds_of(work)
+        stream = self.streams.current
+        self.spans.append(Span(stream.name, work, self.phase, stream.clock, seconds))
+        stream.clock += seconds
+
+    def send(self, transfer: Transfer, *, waits: bool) -> float:
+        """Start a collective after what the current stream has so far. Return when it is done. waits: whether the stream does."""
+        seconds = self._seconds_of(transfer)
+        stream = self.streams.current
+        network = self._networks.setdefault(transfer.group, PlannedStream(f"network {transfer.group}"))
+        begin = max(network.clock, stream.clock)
+        network.clock = begin + seconds
+        self.spans.append(Span(network.name, transfer, self.phase, begin, seconds))
+        if waits:
+            stream.clock = network.clock
+        return network.clock
+
+    # --- operations ---
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not self._pauses:
+            self._observe(func, args, kwargs or {}, result)
+        return result
+
+    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        outputs = list_tensors(result)
+        is_new = False
+        for tensor in outputs:
+            if tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._live:
+                    is_new = True
+                    self._take(storage)
+        packet = getattr(func, "overloadpacket", func)
+        if packet in _NO_WORK:
+            return
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._communicate(func, args, kwargs, outputs)
+        elif is_new or (isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable):
+            self.spend(describe(func, (*args, *kwargs.values()), outputs))
+            for transfer in list_inner_transfers(func, args):
+                self.send(transfer, waits=True)
+
+    def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
+        name = func.overloadpacket.__name__
+        if name == "wait_tensor":
+            arrival = self._arrivals.pop(id(args[0].untyped_storage()), None)
+            if arrival is not None:
+                self.streams.current.clock = max(self.streams.current.clock, arrival)
+            return
+        transfer = describe_collective(func, args, kwargs)
+        if transfer is None:
+            return
+        is_functional = func.namespace == "_c10d_functional"
+        if not is_functional:
+            for tensor in list_tensors(args):
+                allocation = self.find(tensor)
+                if allocation is not None:
+                    allocation.role = allocation.role or "communication"
+        arrival = self.send(transfer, waits=not is_functional and not transfer.is_asynchronous)
+        if is_functional:
+            for tensor in outputs:
+                self._arrivals[id(tensor.untyped_storage())] = arrival
