@@ -25,7 +25,8 @@ class ParallelPlan:
     """Glob of the mixtures of experts (`models.common.moe.MoE`). Empty: there are none."""
     pieces: tuple[str, ...] = ()
     """Methods that do the computing of a block with experts, by their path from the block. Where its experts are on several ranks,
-    these are compiled, and recomputed by operation, one by one: what goes on between them, communication, can be in no graph."""
+    these are compiled, and recomputed by operation, one by one: what goes on between them, communication, can be in no graph. One
+    that ends in `.multiply` gets its weights from the `forward` beside it."""
     stages: tuple[tuple[str, float], ...] = ()
     """What pipeline parallelism may cut between: globs in the order of the forward pass, each with the cost of one of its
     modules, in any unit."""
@@ -69,6 +70,14 @@ class ParallelPlan:
             experts=self.experts if is_here(self.experts) else "",
             stages=tuple((glob, cost) for glob, cost in self.stages if is_here(glob)),
         )
+
+    def with_weights_in_pieces(self) -> "ParallelPlan":
+        """Return the plan for experts that gather their weights themselves: that is part of the piece that multiplies by them."""
+        pieces = (
+            piece.removesuffix(".multiply") + ".forward" if piece.endswith(".multiply") else piece
+            for piece in self.pieces
+        )
+        return replace(self, pieces=tuple(pieces))
 
     def list_pieces(self, names: Collection[str], *, spreads_experts: bool) -> dict[str, tuple[str, ...]]:
         """Return the methods that are compiled, and recomputed by operation, by block and with their path from there.

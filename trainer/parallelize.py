@@ -6,11 +6,13 @@ from models.plan import ParallelPlan
 from trainer.config.schema import JobConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
 from trainer.distributed.compile import apply_compile, compiles_model
+from trainer.distributed.compile_backends import build_weight_backend
 from trainer.distributed.context_parallel import apply_context_parallel, require_positions
 from trainer.distributed.expert_parallel import apply_expert_parallel
 from trainer.distributed.fsdp import apply_data_parallel
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.pipeline_stages import Stage, separate_copies, split_into_stages
+from trainer.distributed.simple_fsdp import apply_simple_fsdp, check_even_shards
 from trainer.distributed.tensor_parallel import apply_tensor_parallel
 from trainer.low_precision.convert import apply_low_precision, count_tokens
 from trainer.low_precision.float8_tensor_parallel import FLOAT8_STYLES
@@ -45,6 +47,9 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
         stages = split_into_stages(model, plan=plan, parallelism=config.parallelism, rank=rank)
         plan = plan.restrict_to([name for name, _ in model.named_modules()])
     compiles_blocks = compiles_model(config.compile)
+    is_simple = config.parallelism.data_parallel_implementation == "simple_fsdp"
+    if is_simple:
+        plan = plan.with_weights_in_pieces()
     if spreads_experts:
         apply_expert_parallel(model, plan=plan, dims=dims, backend=config.parallelism.expert_parallel_comm_backend)
     if dims.tp > 1:
@@ -54,6 +59,7 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
             mesh=dims.mesh("tp"),
             compiles_blocks=compiles_blocks,
             async_tp=config.parallelism.enable_async_tensor_parallel,
+            localizes=not is_simple,
             styles=FLOAT8_STYLES,
         )
     separate_copies(model, stages)
@@ -70,8 +76,24 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
         spreads_experts=spreads_experts,
         dump_folder=config.job.dump_folder,
     )
-    apply_compile(model, plan=plan, section=config.compile, spreads_experts=spreads_experts)
-    for part in [stage.module for stage in stages] or [model]:
+    parts = [stage.module for stage in stages] or [model]
+    for part in [model] if config.compile.scope == "block" else parts:
         its_plan = plan.restrict_to([name for name, _ in part.named_modules()])
-        apply_data_parallel(part, plan=its_plan, dims=dims, parallelism=config.parallelism, training=config.training)
+        backend = None
+        if is_simple and compiles_blocks:
+            section = config.compile
+            backend = build_weight_backend(
+                part, plan=its_plan, dims=dims, parallelism=config.parallelism, section=section
+            )
+        apply_compile(part, plan=its_plan, section=config.compile, spreads_experts=spreads_experts, backend=backend)
+    for part in parts:
+        its_plan = plan.restrict_to([name for name, _ in part.named_modules()])
+        if is_simple:
+            apply_simple_fsdp(part, plan=its_plan, dims=dims, training=config.training)
+            if compiles_blocks and config.compile.get_backend()[1] == "auto_bucketing":
+                check_even_shards(part)
+        else:
+            apply_data_parallel(
+                part, plan=its_plan, dims=dims, parallelism=config.parallelism, training=config.training
+            )
     return stages

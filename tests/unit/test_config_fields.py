@@ -17,7 +17,14 @@ READERS_ALL_THE_SAME = {ROOT / "trainer" / "config" / "pipeline_layout.py"}
 NOT_READERS = tuple(ROOT / "trainer" / name for name in ("config", "preflight.py", "preflight_parallel.py"))
 
 # Read by the configuration itself.
-READ_HERE = {"job.config_file", "job.validate_only", "model.tokenizer_path", "quantize.linear.float8.fp8_opt_level"}
+READ_HERE = {
+    "job.config_file",
+    "job.validate_only",
+    "model.tokenizer_path",
+    "quantize.linear.float8.fp8_opt_level",
+    "compile.graph_passes",
+    "compile.model_backend_override",
+}
 
 
 def read_attributes():

@@ -1,5 +1,6 @@
 """From the command line to a `JobConfig`: default < TOML file < command line, with the origin of every value."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,6 +54,7 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     settings.update(arguments)
     warnings = _follow_deprecated_tokenizer_path(settings)
     _follow_opt_level(settings)
+    _follow_model_prefix(settings)
     origins = {key: settings.values[key].origin if key in settings.values else DEFAULT for key in get_leaves()}
     config = build_config({key: setting.value for key, setting in settings.values.items()})
     return LoadedConfig(config=config, origins=origins, problems=settings.problems, warnings=warnings)
@@ -81,6 +83,15 @@ def _follow_opt_level(settings: Settings) -> None:
         if given.value != value:
             message = f"{key} = {level.value}: means {meant} = {value}, and {show(given.value)} is given. Leave one of them out."
             settings.problems.append(Problem(message, (key, meant)))
+
+
+def _follow_model_prefix(settings: Settings) -> None:
+    """`model.name = simple_fsdp.llama3`, as torchtitan spells it, stands for `llama3` with that implementation of data parallelism."""
+    key, prefix = "model.name", "simple_fsdp."
+    given = settings.values.get(key)
+    if given is not None and isinstance(given.value, str) and given.value.startswith(prefix):
+        settings.values[key] = dataclasses.replace(given, value=given.value.removeprefix(prefix))
+        settings.values["parallelism.data_parallel_implementation"] = dataclasses.replace(given, value="simple_fsdp")
 
 
 __all__ = ["COMMAND_LINE", "DEFAULT", "LoadedConfig", "load_config"]

@@ -12,6 +12,8 @@ class ParallelismConfig:
     """Copies of the (sharded) weights: with a shard degree of 1 this is DDP, with a larger one HSDP."""
     data_parallel_shard_degree: int = -1
     """Ranks over which weights are sharded (FSDP). -1: all that the other degrees leave."""
+    data_parallel_implementation: Literal["fsdp2", "simple_fsdp"] = "fsdp2"
+    """Who gathers weights and reduces gradients. fsdp2: torch's hooks around each block. simple_fsdp: operations within the network, which the compiler sees and can reorder (docs/simple_fsdp.md)."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a block's gathered weights after its forward pass. default: yes, but not under pipeline parallelism."""
     fsdp_accumulation: Literal["auto", "sharded", "unsharded"] = "auto"
@@ -86,14 +88,23 @@ class ActivationCheckpointConfig:
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """torch.compile, block by block."""
+    """torch.compile, by default block by block."""
 
     enable: bool = False
     """Compile the components below."""
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
     """What to compile: each block of the model, the loss."""
     backend: str = "inductor"
-    """Compiler backend."""
+    """Compiler backend. aot_eager_autobucketing and inductor_autobucketing stand for these two with graph_passes = auto_bucketing."""
+    scope: Literal["block", "model"] = "block"
+    """What makes one graph. block: each block, which compiles fast. model: all of the model, so that weights of the next block are gathered while one computes; it needs simple_fsdp."""
+    graph_passes: Literal["none", "auto_bucketing", "transformer_block_bucketing"] = "none"
+    """simple_fsdp: which collectives of weights become one, and when they start. auto_bucketing: by torch's estimates of times. transformer_block_bucketing: those of a block, while its neighbour computes."""
+
+    def get_backend(self) -> tuple[str, str]:
+        """Return the name of torch's backend, and the graph passes, whichever setting asks for them."""
+        name = self.backend.removesuffix("_autobucketing")
+        return name, "auto_bucketing" if name != self.backend else self.graph_passes
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from trainer.config.validate_parallel import (
 )
 from trainer.config.validate_pipeline import PIPELINE_RULES, PIPELINE_WARNING_RULES
 from trainer.config.validate_quantize import QUANTIZE_RULES, QUANTIZE_WARNING_RULES
+from trainer.config.validate_simple_fsdp import SIMPLE_FSDP_RULES, SIMPLE_FSDP_WARNING_RULES
 
 CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "float8", "rng")
 
@@ -325,6 +326,7 @@ _RULES: tuple[Rule, ...] = (
     *EXPERT_RULES,
     *PIPELINE_RULES,
     *QUANTIZE_RULES,
+    *SIMPLE_FSDP_RULES,
 )
 
 _WARNING_RULES: tuple[Rule, ...] = (
@@ -333,4 +335,5 @@ _WARNING_RULES: tuple[Rule, ...] = (
     *PARALLEL_WARNING_RULES,
     *PIPELINE_WARNING_RULES,
     *QUANTIZE_WARNING_RULES,
+    *SIMPLE_FSDP_WARNING_RULES,
 )

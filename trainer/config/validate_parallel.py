@@ -143,7 +143,7 @@ def _check_async_tensor_parallel(config: JobConfig) -> Iterator[Problem]:
         return
     if not compiles_model(config):
         reason, remedy = "the model is not compiled", "Set compile.enable = true with model in compile.components"
-    elif config.compile.backend != "inductor":
+    elif config.compile.get_backend()[0] != "inductor":
         reason, remedy = f"compile.backend = {config.compile.backend}", "Set compile.backend = inductor"
     else:
         return

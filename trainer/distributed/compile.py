@@ -30,12 +30,18 @@ def compiles_model(section: CompileConfig) -> bool:
 
 
 def apply_compile(
-    model: nn.Module, *, plan: ParallelPlan, section: CompileConfig, spreads_experts: bool = False
+    model: nn.Module,
+    *,
+    plan: ParallelPlan,
+    section: CompileConfig,
+    spreads_experts: bool = False,
+    backend: str | Callable[..., Any] | None = None,
 ) -> None:
-    """Compile the forward of each of the plan's blocks, where the section asks for it, in place and without a graph break.
+    """Compile the forward of each of the plan's blocks, or of `model`, as the section says, in place and without a graph break.
 
     spreads_experts: whether experts are on several ranks. Their blocks are compiled piece by piece: the rows that an exchange
-    brings, and the weights that FSDP gathers for them alone, enter from outside. One graph is for any number of rows.
+    brings, and the weights that FSDP gathers for them alone, enter from outside. One graph is for any number of rows. backend: in place
+    of the section's.
 
     After activation checkpointing, which becomes part of the graph; before FSDP, whose hooks stay outside of it. Names of
     modules and parameters stay as they are. Compilation happens in the first forward of each shape, and is timed in the log.
@@ -53,7 +59,11 @@ def apply_compile(
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     # Methods rather than modules: hooks (FSDP's) run before and after `forward`, and no wrapper changes the names.
     # Static shapes: a change of length, as in validation, gets a graph of its own rather than a slower one for all.
-    compiled = functools.partial(torch.compile, backend=section.backend, fullgraph=True, dynamic=False)
+    compiled = functools.partial(torch.compile, backend=backend or section.backend, fullgraph=True, dynamic=False)
+    if section.scope == "model":
+        replace_methods(model, ("forward",), compiled)
+        _log_compile_times()
+        return
     modules = dict(model.named_modules())
     for name, pieces in plan.list_pieces(modules, spreads_experts=spreads_experts).items():
         replace_methods(modules[name], pieces, lambda method: _mark_rows(compiled(method)))

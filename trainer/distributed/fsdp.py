@@ -48,26 +48,22 @@ def apply_data_parallel(
             or gradients in float8 where they cannot be used.
     """
     if not dims.has_mesh:
-        if training.mixed_precision_param != training.dtype:
-            raise ValueError(
-                f"training.mixed_precision_param = {training.mixed_precision_param!r} with training.dtype = "
-                f"{training.dtype!r} needs a process group, of one process if need be (start with torchrun)"
-            )
+        refuse_mixed_precision(training)
         return
-    units = _find_units(model, plan)
-    experts = _find_experts(model, plan) if dims.spreads_experts else []
+    units = find_units(model, plan)
+    experts = find_experts(model, plan) if dims.spreads_experts else []
     # One kind for all: FSDP2 does not go with replicas that know nothing of it.
     replicated_only = dims.dp_replicate > 1 and dims.fsdp == 1 and (not experts or dims.efsdp == 1)
     if experts:
         # Before the blocks that they are in, which then leave them out.
         wrap_experts = _get_wrapper(dims, training, shard_axis="efsdp", replicated_only=replicated_only)
         for part in experts:
-            wrap_experts([part], _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=False))
+            wrap_experts([part], reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=False))
     wrap = _get_wrapper(dims, training, shard_axis="fsdp", replicated_only=replicated_only)
     for position, unit in enumerate(units):
         is_last = position == len(units) - 1
-        wrap(unit, _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=is_last))
-    wrap([model], _reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=True))
+        wrap(unit, reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=is_last))
+    wrap([model], reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=True))
     for module in _fsdp_modules(model):
         # With a plain sum reduction and no division the sum is exact, gloo can do it, and so can NCCL inside a switch.
         module.set_gradient_divide_factor(1.0)
@@ -103,6 +99,19 @@ def _send_float8_gradients(
     wire = _choose_wire_dtype(model, parallelism=parallelism, training=training, device=device)
     apply_float8_gradients(_fsdp_modules(model), wire_dtype=wire, must_keep_apart=dims.tp > 1)
     logger.info("FSDP sends gradients in float8 and adds them up in float32")
+
+
+def refuse_mixed_precision(training: TrainingConfig) -> None:
+    """Check that nothing is asked for that takes a process group, where there is none.
+
+    Raises:
+        ValueError: mixed precision.
+    """
+    if training.mixed_precision_param != training.dtype:
+        raise ValueError(
+            f"training.mixed_precision_param = {training.mixed_precision_param!r} with training.dtype = "
+            f"{training.dtype!r} needs a process group, of one process if need be (start with torchrun)"
+        )
 
 
 def _use_copy_engine(
@@ -167,13 +176,13 @@ def _get_wrapper(
             mp_policy=mixed_precision,
             offload_policy=offload,
             reshard_after_forward=reshard_after_forward,
-            shard_placement_fn=_get_expert_placement(modules[0], dims.efsdp) if shard_axis == "efsdp" else None,
+            shard_placement_fn=get_expert_placement(modules[0], dims.efsdp) if shard_axis == "efsdp" else None,
         )
 
     return wrap
 
 
-def _get_expert_placement(experts: nn.Module, ranks: int) -> Callable[[nn.Parameter], Shard]:
+def get_expert_placement(experts: nn.Module, ranks: int) -> Callable[[nn.Parameter], Shard]:
     """Return along which dim to shard the weights of the experts that are together on one rank, (experts, rows, columns).
 
     Where there are too few experts to be dealt out evenly, the rows of each are: else some ranks would hold more, and those
@@ -186,7 +195,7 @@ def _get_expert_placement(experts: nn.Module, ranks: int) -> Callable[[nn.Parame
     return lambda _: Shard(1 if is_uneven else 0)
 
 
-def _reshards_after_forward(parallelism: ParallelismConfig, *, pp: int, used_again_at_once: bool) -> bool:
+def reshards_after_forward(parallelism: ParallelismConfig, *, pp: int, used_again_at_once: bool) -> bool:
     """Whether a unit frees its gathered weights after forward. Backward gathers them again, one unit at a time."""
     if parallelism.fsdp_reshard_after_forward == "default":
         # Under pipeline parallelism each microbatch would gather all weights again.
@@ -194,7 +203,7 @@ def _reshards_after_forward(parallelism: ParallelismConfig, *, pp: int, used_aga
     return parallelism.fsdp_reshard_after_forward == "always"
 
 
-def _find_units(model: nn.Module, plan: ParallelPlan) -> list[list[nn.Module]]:
+def find_units(model: nn.Module, plan: ParallelPlan) -> list[list[nn.Module]]:
     """Return the modules of each unit, in the order of the forward pass."""
     modules = dict(model.named_modules())
     units: list[list[nn.Module]] = []
@@ -207,7 +216,7 @@ def _find_units(model: nn.Module, plan: ParallelPlan) -> list[list[nn.Module]]:
     return units
 
 
-def _find_experts(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
+def find_experts(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
     """Return what expert parallelism spreads over meshes of its own."""
     modules = dict(model.named_modules())
     return [modules[f"{name}.experts"] for name in match_modules(plan.experts, modules)] if plan.experts else []
@@ -249,6 +258,8 @@ def choose_accumulation(
     device_bytes: memory of the device, where it is another than the one that is here. Whole gradients cost 4 bytes a parameter of `model` and save all reductions but the last. FSDP2 holds them in the dtype
     of the reduction, so that `auto` refuses a bf16 one: sums over many microbatches would lose bits there.
     """
+    if parallelism.data_parallel_implementation == "simple_fsdp":
+        return "sharded"
     reduces_in_fp32 = training.mixed_precision_reduce == "float32"
     if parallelism.fsdp_accumulation != "auto":
         if parallelism.fsdp_accumulation == "unsharded" and not reduces_in_fp32:

@@ -191,6 +191,10 @@ class ParallelDims:
         """Whether there are meshes. False in one process without a process group."""
         return bool(self._meshes)
 
+    def has_axis(self, name: str) -> bool:
+        """Whether there is a mesh of that name with more than one rank."""
+        return name in self._meshes and self._meshes[name].size() > 1
+
     def mesh(self, name: str) -> DeviceMesh:
         """Return the mesh of that name; `build_mesh` lists them.
 

@@ -43,6 +43,7 @@ def apply_tensor_parallel(
     mesh: DeviceMesh,
     compiles_blocks: bool,
     async_tp: bool,
+    localizes: bool = True,
     styles: "Mapping[str, Style] | None" = None,
 ) -> None:
     """Cut the parameters of `model`, on the meta device, over `mesh`, and give its modules the plan's styles, in place.
@@ -51,7 +52,8 @@ def apply_tensor_parallel(
     labels, whose number S is a multiple of the degree; from block to block go activations (B, s, D).
 
     compiles_blocks: whether the plan's blocks will be compiled. async_tp: overlap communication with matrix products,
-    which needs CUDA and compiled blocks. styles: the meaning of each name in the plan, by default `STYLES`.
+    which needs CUDA and compiled blocks. localizes: whether to make each module's `local_weight`; SimpleFSDP does that itself.
+    styles: the meaning of each name in the plan, by default `STYLES`.
 
     Raises:
         ValueError: an unknown style, a glob that matches nothing, a parameter without a style, sizes that cannot be
@@ -71,7 +73,7 @@ def apply_tensor_parallel(
         for name in match_modules(glob, modules):
             block = next((block for block in blocks if name.startswith(f"{block}.")), name)
             parent = modules[name.rpartition(".")[0]]
-            styles[style](Site(name, modules[name], parent, modules[block], mesh, axis, placed))
+            styles[style](Site(name, modules[name], parent, modules[block], mesh, axis, placed, localizes))
     mixtures = match_modules(plan.experts, modules) if plan.experts else []
     experts = {parameter for name in mixtures for parameter in modules[f"{name}.experts"].parameters()}
     forgotten = [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and p not in experts]
@@ -111,6 +113,8 @@ class Site:
     """The ranks of the mesh, for the forward."""
     placed: dict[nn.Parameter, nn.Parameter]
     """What became of each parameter so far: modules that share one go on sharing it."""
+    localizes: bool
+    """Whether `localize_weight` has anything to do."""
 
     def place_weight(self, placement: Placement) -> None:
         """Make the module's weight a DTensor.
@@ -164,6 +168,8 @@ class Site:
         """
         weight = self.module.weight
         assert isinstance(weight, DTensor), f"{self.name}.weight has no placement yet"
+        if not self.localizes:
+            return
         self.entry.register_forward_pre_hook(functools.partial(_localize_weight, self.module, weight.placements))
 
 
@@ -393,6 +399,7 @@ class VocabularyEmbedding(nn.Embedding):
     """Looks up the tokens whose rows this rank has; the others are zeros of a sum. tokens: (B, S) -> (B, s, D)"""
 
     axis: TensorAxis
+    reads_placed_weight = True
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = _cut_by_rows(self.weight)
@@ -415,6 +422,7 @@ class VocabularyOutput(nn.Module):
     """
 
     axis: TensorAxis
+    reads_placed_weight = True
     weight: Tensor
 
     def forward(self, h: Tensor, *, labels: Tensor | None = None, loss_fn: LossFunction | None = None) -> Tensor:
