@@ -47,8 +47,7 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
         stages = split_into_stages(model, plan=plan, parallelism=config.parallelism, rank=rank)
         plan = plan.restrict_to([name for name, _ in model.named_modules()])
     compiles_blocks = compiles_model(config.compile)
-    is_simple = config.parallelism.data_parallel_implementation == "simple_fsdp"
-    if is_simple:
+    if _is_simple(config):
         plan = plan.with_weights_in_pieces()
     if spreads_experts:
         apply_expert_parallel(model, plan=plan, dims=dims, backend=config.parallelism.expert_parallel_comm_backend)
@@ -59,7 +58,7 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
             mesh=dims.mesh("tp"),
             compiles_blocks=compiles_blocks,
             async_tp=config.parallelism.enable_async_tensor_parallel,
-            localizes=not is_simple,
+            localizes=not _is_simple(config),
             styles=FLOAT8_STYLES,
         )
     separate_copies(model, stages)
@@ -78,22 +77,32 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
     )
     parts = [stage.module for stage in stages] or [model]
     for part in [model] if config.compile.scope == "block" else parts:
-        its_plan = plan.restrict_to([name for name, _ in part.named_modules()])
-        backend = None
-        if is_simple and compiles_blocks:
-            section = config.compile
-            backend = build_weight_backend(
-                part, plan=its_plan, dims=dims, parallelism=config.parallelism, section=section
-            )
-        apply_compile(part, plan=its_plan, section=config.compile, spreads_experts=spreads_experts, backend=backend)
+        _compile(part, plan, dims, config, spreads_experts)
     for part in parts:
-        its_plan = plan.restrict_to([name for name, _ in part.named_modules()])
-        if is_simple:
-            apply_simple_fsdp(part, plan=its_plan, dims=dims, training=config.training)
-            if compiles_blocks and config.compile.get_backend()[1] == "auto_bucketing":
-                check_even_shards(part)
-        else:
-            apply_data_parallel(
-                part, plan=its_plan, dims=dims, parallelism=config.parallelism, training=config.training
-            )
+        _spread_weights(part, plan.restrict_to([name for name, _ in part.named_modules()]), dims, config)
     return stages
+
+
+def _compile(part: nn.Module, plan: ParallelPlan, dims: ParallelDims, config: JobConfig, spreads_experts: bool) -> None:
+    """Compile a part of the model. What SimpleFSDP will gather in it is known by then, but not yet there."""
+    plan = plan.restrict_to([name for name, _ in part.named_modules()])
+    backend = None
+    if _is_simple(config) and compiles_model(config.compile):
+        backend = build_weight_backend(
+            part, plan=plan, dims=dims, parallelism=config.parallelism, section=config.compile
+        )
+    apply_compile(part, plan=plan, section=config.compile, spreads_experts=spreads_experts, backend=backend)
+
+
+def _spread_weights(part: nn.Module, plan: ParallelPlan, dims: ParallelDims, config: JobConfig) -> None:
+    """Apply data parallelism to a part of the model."""
+    if not _is_simple(config):
+        apply_data_parallel(part, plan=plan, dims=dims, parallelism=config.parallelism, training=config.training)
+        return
+    apply_simple_fsdp(part, plan=plan, dims=dims, training=config.training)
+    if compiles_model(config.compile) and config.compile.get_backend()[1] == "auto_bucketing":
+        check_even_shards(part)
+
+
+def _is_simple(config: JobConfig) -> bool:
+    return config.parallelism.data_parallel_implementation == "simple_fsdp"

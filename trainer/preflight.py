@@ -337,7 +337,7 @@ def _check_parallelism(args: Any, config: JobConfig) -> Iterator[Problem]:
         return
     plan = get_model_spec(config.model.name).build_plan(args)
     model = Model(args, plan, f"model.flavor = {config.model.flavor} of {config.model.name}")
-    yield from find_parallel_model_problems(model, section)
+    yield from find_parallel_model_problems(model, section, config.compile)
 
 
 def _check_tokenizer(args: Any, config: JobConfig) -> Iterator[Problem]:

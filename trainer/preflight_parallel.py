@@ -8,7 +8,7 @@ from trainer.config.errors import Problem
 from trainer.config.fields import format_choices
 from trainer.config.pipeline_layout import LAYERS_PER_STAGE, PARTS, list_stage_modules, plan_pipeline
 from trainer.config.schedules import SCHEDULE, SCHEDULE_CSV
-from trainer.config.schema_parallel import ParallelismConfig
+from trainer.config.schema_parallel import CompileConfig, ParallelismConfig
 from trainer.config.validate_experts import EP, ETP
 from trainer.config.validate_parallel import CP, PP, SHARD, TP
 from trainer.config.validate_pipeline import find_schedule
@@ -29,8 +29,12 @@ class Model(NamedTuple):
     """As a message has it: which flavor of which family."""
 
 
-def find_parallel_model_problems(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:
-    """Yield what keeps the model from being spread as the settings say."""
+def find_parallel_model_problems(
+    model: Model, parallelism: ParallelismConfig, compilation: CompileConfig | None = None
+) -> Iterator[Problem]:
+    """Yield what keeps the model from being spread, and compiled, as the settings say."""
+    if compilation is not None:
+        yield from _check_whole_graph(model, parallelism, compilation)
     if parallelism.tensor_parallel_degree > 1:
         yield from _check_tensor_parallel(model, parallelism)
     if parallelism.context_parallel_degree > 1:
@@ -39,6 +43,16 @@ def find_parallel_model_problems(model: Model, parallelism: ParallelismConfig) -
         yield from _check_pipeline_parallel(model, parallelism)
     if max(parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree) > 1:
         yield from _check_expert_parallel(model, parallelism)
+
+
+def _check_whole_graph(model: Model, parallelism: ParallelismConfig, compilation: CompileConfig) -> Iterator[Problem]:
+    compiles = compilation.enable and "model" in compilation.components and compilation.scope == "model"
+    if compiles and model.plan.experts and parallelism.tensor_parallel_degree > 1:
+        message = (
+            f"compile.scope = model: {model.name} has experts, which {TP} = {parallelism.tensor_parallel_degree} spreads over ranks: the "
+            "exchange of rows can be in no graph. Use block."
+        )
+        yield Problem(message, ("compile.scope", TP, *_MODEL_KEYS))
 
 
 def _check_expert_parallel(model: Model, parallelism: ParallelismConfig) -> Iterator[Problem]:

@@ -149,3 +149,14 @@ def test_inits_that_do_not_cover_raise(change: str, message: str) -> None:
         inits["ghost"] = Init("ones")
     with pytest.raises(ValueError, match=message):
         init_weights(_Small(inits), seed=0, device="cpu")
+
+
+class _Idle:
+    def fill_(self, tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        return tensor + 1.0
+
+
+def test_distribution_that_writes_nothing_raises() -> None:
+    inits = {**_Small().inits, "bias": _Idle()}
+    with pytest.raises(ValueError, match=r"the distribution of bias.*writes nothing"):
+        init_weights(_Small(inits), seed=0, device="cpu")

@@ -160,6 +160,8 @@ def build_passes(
                 "or set the degree to 1"
             )
         dtype = getattr(torch, training.mixed_precision_param)
+        # Gradients of the parameters come by way of shards, which a second part of a backward pass would not find.
+        splits_backward = splits_backward and parallelism.data_parallel_implementation != "simple_fsdp"
         pipeline = build_pipeline(
             stages,
             group=dims.mesh("pp").get_group(),

@@ -96,6 +96,8 @@ class CompileConfig:
     """What to compile: each block of the model, the loss."""
     backend: str = "inductor"
     """Compiler backend. aot_eager_autobucketing and inductor_autobucketing stand for these two with graph_passes = auto_bucketing."""
+    model_backend_override: str | None = None
+    """Backend of the model alone, where the loss is to have another (a name of torchtitan's)."""
     scope: Literal["block", "model"] = "block"
     """What makes one graph. block: each block, which compiles fast. model: all of the model, so that weights of the next block are gathered while one computes; it needs simple_fsdp."""
     graph_passes: Literal["none", "auto_bucketing", "transformer_block_bucketing"] = "none"
@@ -103,8 +105,9 @@ class CompileConfig:
 
     def get_backend(self) -> tuple[str, str]:
         """Return the name of torch's backend, and the graph passes, whichever setting asks for them."""
-        name = self.backend.removesuffix("_autobucketing")
-        return name, "auto_bucketing" if name != self.backend else self.graph_passes
+        given = self.model_backend_override or self.backend
+        name = given.removesuffix("_autobucketing")
+        return name, "auto_bucketing" if name != given else self.graph_passes
 
 
 @dataclass(frozen=True)

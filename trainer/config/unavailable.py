@@ -45,7 +45,12 @@ REFUSED: tuple[Refusal, ...] = (
         bool,
         "an update inside the backward pass would turn gradient clipping off. Use false.",
     ),
-    Refusal("job.custom_config_module", bool, _USE_CUSTOM_IMPORT),
+    # The settings that torchtitan's module of SimpleFSDP adds are there.
+    Refusal(
+        "job.custom_config_module",
+        lambda name: name not in ("", "torchtitan.experiments.simple_fsdp.job_config"),
+        _USE_CUSTOM_IMPORT,
+    ),
     Refusal("experimental.custom_args_module", bool, _USE_CUSTOM_IMPORT),
     Refusal(
         "checkpoint.initial_load_in_hf_quantized",

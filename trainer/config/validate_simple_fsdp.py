@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 
 from trainer.config.errors import Problem
-from trainer.config.fields import show
+from trainer.config.fields import get_value
 from trainer.config.schema import JobConfig
 from trainer.config.validate_experts import EP
 from trainer.config.validate_parallel import PP, compiles_model, get_degree
-from trainer.config.validate_quantize import SECTION, uses_float8
 
 IMPLEMENTATION = "parallelism.data_parallel_implementation"
 BACKEND = "compile.backend"
+OVERRIDE = "compile.model_backend_override"
 PASSES = "compile.graph_passes"
 SCOPE = "compile.scope"
 _RESHARD = "parallelism.fsdp_reshard_after_forward"
@@ -26,7 +26,6 @@ def _check_company(config: JobConfig) -> Iterator[Problem]:
     if not is_simple(config):
         return
     section = config.parallelism
-    float8 = config.quantize.linear.float8
     refused = (
         ("training.enable_cpu_offload", config.training.enable_cpu_offload, "it gathers on the device. Use false"),
         (
@@ -44,11 +43,6 @@ def _check_company(config: JobConfig) -> Iterator[Problem]:
             section.enable_async_tensor_parallel and section.tensor_parallel_degree > 1,
             "inductor's pass for it was never tried on graphs that gather weights. Use false",
         ),
-        (
-            f"{SECTION}.enable_fsdp_float8_all_gather",
-            uses_float8(config) and float8.enable_fsdp_float8_all_gather,
-            "weights are gathered in training.mixed_precision_param, and cast then. Use false",
-        ),
     )
     for key, applies, reason in refused:
         if applies:
@@ -59,22 +53,25 @@ def _check_company(config: JobConfig) -> Iterator[Problem]:
 def _check_passes(config: JobConfig) -> Iterator[Problem]:
     """Passes over graphs that hold no collectives of weights, or are none of a backend that has passes."""
     backend, passes = config.compile.get_backend()
-    key = BACKEND if backend != config.compile.backend else PASSES
-    value = config.compile.backend if key == BACKEND else passes
+    given = BACKEND if config.compile.model_backend_override is None else OVERRIDE
+    key = PASSES if get_value(config, given) == backend else given
+    value = get_value(config, key)
     if passes == "none" or not compiles_model(config):
         return
     if not is_simple(config):
         message = (
             f"{key} = {value}: there are collectives of weights in compiled graphs with {IMPLEMENTATION} = simple_fsdp alone. Set "
-            f"that, or {BACKEND} = {backend} and {PASSES} = none."
+            f"that, or {given} = {backend} and {PASSES} = none."
         )
         yield Problem(message, (key, IMPLEMENTATION))
     if backend not in ("aot_eager", "inductor"):
-        message = f"{key} = {value}: only aot_eager and inductor have passes. Use one of them as {BACKEND}, or {PASSES} = none."
+        message = (
+            f"{key} = {value}: only aot_eager and inductor have passes. Use one of them as {given}, or {PASSES} = none."
+        )
         yield Problem(message, (key, BACKEND, PASSES))
-    if key == BACKEND and config.compile.graph_passes == "transformer_block_bucketing":
-        message = f"{BACKEND} = {value}: already says which passes, and {PASSES} = {config.compile.graph_passes} others. Use {BACKEND} = {backend}."
-        yield Problem(message, (BACKEND, PASSES))
+    if key != PASSES and config.compile.graph_passes == "transformer_block_bucketing":
+        message = f"{key} = {value}: already says which passes, and {PASSES} = {config.compile.graph_passes} others. Use {key} = {backend}."
+        yield Problem(message, (key, PASSES))
 
 
 def _check_scope(config: JobConfig) -> Iterator[Problem]:
@@ -107,12 +104,12 @@ def _warn_without_effect(config: JobConfig) -> Iterator[Problem]:
             f"{_RESHARD} says: it is the compiler that gathers them anew. Set compile.enable = true with model in compile.components."
         )
         yield Problem(message, (IMPLEMENTATION, "compile.enable", _RESHARD))
-    if compiles_model(config) and config.compile.scope == "block" and config.compile.get_backend()[1] != "none":
+    if compiles_model(config) and config.compile.scope == "block" and get_degree(config, EP) == 1:
         message = (
-            f"{PASSES} = {show(config.compile.get_backend()[1])} with {SCOPE} = block joins collectives within each block, but nothing "
-            f"hides them: the graph of a block does not reach into the next. Set {SCOPE} = model where it can be had."
+            f"{SCOPE} = block with {IMPLEMENTATION} = simple_fsdp gathers the weights of a block when it begins, and nothing hides that: "
+            f"its graph does not reach into the next. Set {SCOPE} = model and {PASSES} = transformer_block_bucketing."
         )
-        yield Problem(message, (PASSES, SCOPE))
+        yield Problem(message, (SCOPE, IMPLEMENTATION, PASSES))
 
 
 Rule = Callable[[JobConfig], Iterator[Problem]]

@@ -17,7 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from models.plan import ParallelPlan
 from trainer.config.schema_parallel import CompileConfig, ParallelismConfig
 from trainer.distributed import compiler_versions, weight_passes
-from trainer.distributed.fsdp import find_units, reshards_after_forward
+from trainer.distributed.fsdp import find_experts, find_units, reshards_after_forward
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_passes import WeightPasses
 
@@ -39,11 +39,7 @@ def build_weight_backend(
 def _build_passes(
     model: nn.Module, plan: ParallelPlan, dims: ParallelDims, parallelism: ParallelismConfig, section: CompileConfig
 ) -> WeightPasses:
-    def names_of(*axes: str) -> frozenset[str]:
-        return frozenset(dims.mesh(axis).get_group().group_name for axis in axes if dims.has_axis(axis))
-
-    shard_groups = names_of("fsdp", "efsdp")
-    assert shard_groups.isdisjoint(names_of("tp", "cp", "ep", "etp")), "passes know weights by their process groups"
+    experts = find_experts(model, plan) if dims.spreads_experts else []
     units: list[tuple[str, ...]] = []
     if section.scope == "model":
         paths = {module: name for name, module in model.named_modules()}
@@ -55,12 +51,21 @@ def _build_passes(
         if not reshards_after_forward(parallelism, pp=dims.pp, used_again_at_once=bool(units) and place in last)
     ]
     return WeightPasses(
-        shard_groups=shard_groups,
-        replicate_groups=names_of("dp_replicate"),
+        shard_groups=_name_groups(dims, ("fsdp", "efsdp"), hybrid_axis=1),
+        replicate_groups=_name_groups(dims, ("dp_replicate",), hybrid_axis=0),
         units=tuple(units),
         kept=frozenset(kept),
         joins=section.get_backend()[1] == "transformer_block_bucketing",
+        gathers_all=all(dims.has_axis(axis) for axis in (("fsdp", "efsdp") if experts else ("fsdp",))),
     )
+
+
+def _name_groups(dims: ParallelDims, axes: Sequence[str], hybrid_axis: int) -> frozenset[str]:
+    """Return the names of the groups of these axes, and of that axis of the meshes that replicate and shard."""
+    groups = [dims.mesh(axis).get_group() for axis in axes if dims.has_axis(axis)]
+    hybrids = (dims.mesh(name) for name in ("hsdp", "ehsdp") if dims.has_axis(name))
+    groups += [mesh.get_group(hybrid_axis) for mesh in hybrids if mesh.size(hybrid_axis) > 1]
+    return frozenset(group.group_name for group in groups)
 
 
 def build_backend(section: CompileConfig, passes: WeightPasses) -> Backend:

@@ -170,6 +170,8 @@ def _build_shard(whole: nn.Parameter, target: _Target, training: TrainingConfig)
         forward_dtype=getattr(torch, training.mixed_precision_param),
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
     )
+    # One object for all that are alike: compiled blocks, which share a graph, are told apart by what they hold.
+    layout = _layouts.setdefault(layout, layout)
     placements: list[Placement] = [Replicate()] if target.replicates else []
     if shard_group:
         placements.append(_get_shard_placement(target.dim, spec))
@@ -182,6 +184,9 @@ def _build_shard(whole: nn.Parameter, target: _Target, training: TrainingConfig)
     meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
     sharded = DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=whole.requires_grad)
     return layout, nn.Parameter(sharded, whole.requires_grad)
+
+
+_layouts: dict[Layout, Layout] = {}
 
 
 def _get_shard_placement(dim: int, inner: DTensorSpec | None) -> Placement:
@@ -220,7 +225,9 @@ def _build_getter(name: str) -> Callable[[nn.Module], Any]:
     def get(module: Any) -> Any:
         if name not in module._shards:
             return module._parameters[name]
-        return gather_weight(module._shards[name], module._layouts[name])
+        # One in low precision has its own way.
+        own = getattr(module, "gather_weight", None) if name == "weight" else None
+        return (own or gather_weight)(module._shards[name], module._layouts[name])
 
     return get
 

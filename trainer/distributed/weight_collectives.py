@@ -69,6 +69,8 @@ def reduce_gradient(grad: Tensor, layout: Layout, rows: int) -> Tensor:
     return _to_front(grad[:rows] if rows != layout.chunk else grad, layout.dim)
 
 
+# Dynamo would make a subgraph of each: of all weights of a model, minutes.
+@torch._dynamo.allow_in_graph
 class _GatherWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, layout: Layout) -> Tensor:
@@ -79,8 +81,8 @@ class _GatherWeight(torch.autograd.Function):
         return cast.view_as(cast)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        reduced = reduce_gradient(grad, ctx.layout, ctx.rows)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        reduced = reduce_gradient(grads[0], ctx.layout, ctx.rows)
         return reduced if reduced.dtype == ctx.dtype else reduced.to(ctx.dtype), None
 
 

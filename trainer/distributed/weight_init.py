@@ -43,7 +43,7 @@ def init_weights(
     Parameters that two modules share (tied embeddings) are filled once, by either name.
 
     Raises:
-        ValueError: `param_inits` and the parameters do not cover each other.
+        ValueError: `param_inits` and the parameters do not cover each other, or a distribution leaves a parameter as it was.
     """
     device = torch.device(device)
     buffer_device = device if buffer_device is None else torch.device(buffer_device)
@@ -107,7 +107,12 @@ def _fill(parameter: torch.Tensor, init: Fill, seed_name: str) -> None:
         block_begin = block * block_rows
         block_end = min(block_begin + block_rows, rows)
         values = torch.empty((block_end - block_begin, *row_shape), dtype=torch.float32, device=local.device)
+        version = values._version
         init.fill_(values, generator=_get_generator(f"{seed_name}/{block}", local.device))
+        if values._version == version:
+            raise ValueError(
+                f"the distribution of {seed_name.partition('/')[2]}, {init!r}, writes nothing: its fill_ must work in place"
+            )
         low, high = max(begin, block_begin), min(end, block_end)
         local[low - begin : high - begin].copy_(values[(slice(low - block_begin, high - block_begin), *columns)])
 

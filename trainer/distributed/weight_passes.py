@@ -8,14 +8,17 @@ FSDP2 by its streams and hooks.
 
 import heapq
 import itertools
+import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
+
+logger = logging.getLogger(__name__)
 
 _functional = torch.ops._c10d_functional
 GATHER = _functional.all_gather_into_tensor.default
@@ -36,6 +39,7 @@ _RESHAPING = {
     _aten.permute.default,
     _aten.clone.default,
     _aten.alias.default,
+    _aten.view.dtype,
 }
 
 # Larger than that of any region of activation checkpointing, whose rules would else be applied to what is marked here.
@@ -59,6 +63,8 @@ class WeightPasses:
     """Units whose weights stay gathered from forward to backward, by their place in `units`. `len(units)` is what is in none."""
     joins: bool
     """Whether to join the collectives of a unit, and to order them."""
+    gathers_all: bool = True
+    """Whether there is no graph without a weight that is sharded, such as those of experts that are each on one rank."""
 
     def change_joint(self, gm: fx.GraphModule, _: Any = None) -> fx.GraphModule:
         """Join and mark collectives in a joint graph, in place, and return it.
@@ -67,36 +73,48 @@ class WeightPasses:
             RuntimeError: weights are sharded, but some unit gathers none here, so that nothing would be freed or joined.
         """
         graph = gm.graph
-        gathers = [node for node in graph.nodes if self.is_gather(node)]
-        if self.shard_groups:
-            self._check_found({self.find_unit(node) for node in gathers})
+        gathers = self.list_collectives(graph, GATHER)
+        count = len(gathers)
+        if self.shard_groups and self.gathers_all:
+            self._check_found(gathers, self.list_collectives(graph, SCATTER))
         if self.joins:
             gathers = [self._join(graph, nodes, join_gathers) for nodes in self._group(gathers)]
             for target, join in ((SCATTER, join_scatters), (REDUCE, join_reduces)):
-                nodes = [node for node in graph.nodes if node.target is target and self._is_ours(node)]
-                for of_unit in self._group(nodes):
+                for of_unit in self._group(self.list_collectives(graph, target)):
                     self._join(graph, of_unit, join)
             sort(graph, {})
         for node in gathers:
             self._mark(node)
         graph.lint()
         gm.recompile()
+        logger.info("a compiled graph gathers %d weights by %d collectives", count, len(gathers))
         return gm
 
     def order(self, graph: fx.Graph) -> Dependencies:
         """Move collectives apart in a forward or backward graph, in place. Return what comes after what for that reason."""
         after: Dependencies = {}
         for target in (GATHER, SCATTER, REDUCE):
-            starts = [node for node in graph.nodes if node.target is target and self._is_ours(node)]
-            for start, following in itertools.pairwise(starts):
+            for start, following in itertools.pairwise(self.list_collectives(graph, target)):
                 after[_get_wait(start)] = [following]
         sort(graph, after)
         graph.lint()
         return after
 
-    def is_gather(self, node: fx.Node) -> bool:
-        """Whether a node gathers a weight."""
-        return node.target is GATHER and self._is_ours(node)
+    def list_collectives(self, graph: fx.Graph, target: Any) -> list[fx.Node]:
+        """Return the nodes that gather weights, or reduce their gradients, in the order of the graph.
+
+        Context parallelism may gather keys, and reduce their gradients, over the very same ranks: these come of weights that were
+        gathered, and go into gradients that will be reduced.
+        """
+        groups = self.replicate_groups if target is REDUCE else self.shard_groups
+        found = [node for node in graph.nodes if node.target is target and node.args[-1] in groups]
+        if target is GATHER:
+            others = _spread(graph.nodes, found, lambda node: node.all_input_nodes)
+        elif target is SCATTER:
+            others = _spread(reversed(graph.nodes), found, lambda node: node.users)
+        else:
+            others = set()
+        return [node for node in found if node not in others]
 
     def find_unit(self, node: fx.Node) -> int:
         """Return the place in `units` of the one that a node belongs to."""
@@ -106,14 +124,13 @@ class WeightPasses:
                 return place
         return len(self.units)
 
-    def _is_ours(self, node: fx.Node) -> bool:
-        groups = self.replicate_groups if node.target is REDUCE else self.shard_groups
-        return node.args[-1] in groups
-
-    def _check_found(self, found: Collection[int]) -> None:
+    def _check_found(self, gathers: Sequence[fx.Node], scatters: Sequence[fx.Node]) -> None:
+        found = {self.find_unit(node) for node in gathers}
+        strays = [node for node in scatters if self.find_unit(node) not in found]
         expected = range(len(self.units)) if self.units else (0,)
         missing = [self.units[place] if self.units else "its block" for place in expected if place not in found]
-        if missing:
+        if missing or strays:
+            missing += map(_get_path, strays)
             raise RuntimeError(
                 f"SimpleFSDP finds no weights gathered in a compiled graph for: {', '.join(map(str, missing))}. Nothing of them would "
                 "be freed after forward, or joined: the module's forward may read weights by another way than its attributes, or "
@@ -240,13 +257,24 @@ def _get_wait(start: fx.Node) -> fx.Node:
     return waits[0]
 
 
+def _spread(
+    nodes: Iterable[fx.Node], sources: Sequence[fx.Node], get_neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """Return the nodes that have a source before them, in the direction that `nodes` come in."""
+    origins, reached = set(sources), set()
+    for node in nodes:
+        if any(neighbour in origins or neighbour in reached for neighbour in get_neighbours(node)):
+            reached.add(node)
+    return reached
+
+
 def _list_upstream(node: fx.Node) -> list[fx.Node]:
-    """Return all that a node is made of, but for the graph's inputs."""
+    """Return all that a node is made of, but for the graph's inputs, and what ranks had to meet for: the scale of a float8 weight."""
     found: dict[fx.Node, None] = {}
     stack = [node]
     while stack:
         for source in stack.pop().all_input_nodes:
-            if source.op != "placeholder" and source not in found:
+            if source.op != "placeholder" and source.target is not WAIT and source not in found:
                 found[source] = None
                 stack.append(source)
     return list(found)

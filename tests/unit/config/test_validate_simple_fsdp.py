@@ -4,9 +4,11 @@ import pytest
 
 from tests.unit.config.test_validate_parallel import PP, TP, find
 from trainer.config.manager import load_config
+from trainer.config.validate import find_problems
 
 SIMPLE = {"parallelism.data_parallel_implementation": "simple_fsdp"}
 COMPILE = {"compile.enable": "true"}
+WHOLE = {**COMPILE, "compile.scope": "model"}
 FLOAT8 = {"model.converters": '["float8"]'}
 
 
@@ -47,11 +49,12 @@ def test_what_cannot_go_together_is_refused(settings, key):
 @pytest.mark.parametrize(
     "settings",
     [
-        {**SIMPLE, **COMPILE, "compile.scope": "model", "compile.backend": "inductor_autobucketing"},
-        {**SIMPLE, **COMPILE, "compile.scope": "model", "compile.graph_passes": "transformer_block_bucketing"},
+        {**SIMPLE, **WHOLE, "compile.backend": "inductor_autobucketing"},
+        {**SIMPLE, **WHOLE, "compile.graph_passes": "transformer_block_bucketing"},
+        {**SIMPLE, **COMPILE, "parallelism.expert_parallel_degree": 2},
         {**SIMPLE, "parallelism.fsdp_reshard_after_forward": "never"},
         {**SIMPLE, PP: 2},
-        {**SIMPLE, **COMPILE, **FLOAT8, "parallelism.fsdp_collectives": "auto"},
+        {**SIMPLE, **WHOLE, **FLOAT8, "parallelism.fsdp_collectives": "auto"},
     ],
 )
 def test_what_goes_together_is_accepted_in_silence(settings):
@@ -62,14 +65,28 @@ def test_what_goes_together_is_accepted_in_silence(settings):
     ("settings", "warning"),
     [
         (SIMPLE, "without compile.enable keeps all gathered weights"),
-        ({**SIMPLE, **COMPILE, "parallelism.fsdp_prefetch": 1}, "parallelism.fsdp_prefetch = 1 has no effect"),
-        ({**SIMPLE, **COMPILE, "compile.graph_passes": "auto_bucketing"}, "nothing hides them"),
+        ({**SIMPLE, **WHOLE, "parallelism.fsdp_prefetch": 1}, "parallelism.fsdp_prefetch = 1 has no effect"),
+        ({**SIMPLE, **COMPILE}, "nothing hides that"),
     ],
 )
 def test_what_does_less_than_it_looks_is_warned_of(settings, warning):
     problems, (found,) = find(settings)
     assert problems == []
     assert warning in found
+
+
+def test_commands_of_torchtitan_are_understood():
+    argv = [
+        "--model.name=simple_fsdp.deepseek_v3",
+        "--compile.enable",
+        "--job.custom_config_module=torchtitan.experiments.simple_fsdp.job_config",
+        "--compile.model_backend_override=aot_eager_autobucketing",
+    ]
+    loaded = load_config(argv)
+    problems, _ = find_problems(loaded.config, world_size=None)
+    assert [*loaded.problems, *problems] == []
+    assert loaded.config.compile.get_backend() == ("aot_eager", "auto_bucketing")
+    assert loaded.config.compile.backend == "inductor", "the loss keeps its own"
 
 
 def test_prefix_of_the_models_name_chooses_the_implementation():
