@@ -53,11 +53,14 @@ class Float8Linear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         rows = x.reshape(-1, x.shape[-1])
-        # Validation must leave no trace.
-        recipe = self.recipe if self.training else self.recipe._replace(records=(False, False, False), measures=False)
+        recipe = self.get_current_recipe()
         function = _RowwiseProduct if recipe.is_rowwise else _TensorwiseProduct
         y = function.apply(rows, weight, recipe, *self.get_state())
         return y.view(*x.shape[:-1], -1)
+
+    def get_current_recipe(self) -> Recipe:
+        """Return the recipe for a pass at this moment: validation must leave no trace."""
+        return self.recipe if self.training else self.recipe._replace(records=(False, False, False), measures=False)
 
     def make_state(self, scales: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
         """Make the buffers, if the recipe needs any, or make them new. scales: of each of `KINDS`."""

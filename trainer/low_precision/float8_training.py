@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.config.schema_quantize import (
     FLOAT8_ALIGNMENT,
@@ -18,10 +19,12 @@ from trainer.config.schema_quantize import (
     QuantizeConfig,
 )
 from trainer.distributed.parallel_dims import ParallelDims
+from trainer.distributed.simple_fsdp import list_layouts
 from trainer.low_precision.float8_linear import Float8Linear, become_float8
 from trainer.low_precision.measurement import Measurement
 from trainer.low_precision.recipe import build_recipe
 from trainer.low_precision.scaling_history import Scales, ScalingHistory, set_static_scales, write_static_scales
+from trainer.low_precision.shard_gather import SimpleWeightGather, become_shard_gathering
 from trainer.low_precision.weight_gather import WeightGather, apply_weight_gather
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,9 @@ class Float8Training:
         self._write_scales = write_scales
 
     def begin_step(self, step: int, *, is_logged: bool = True) -> None:
-        """Prepare for the passes of a step. is_logged: whether its metrics will be."""
+        """Prepare for the passes of a step. is_logged: whether its metrics will be. Collective over the ranks that share weights."""
+        if self._gather is not None:
+            self._gather.begin_step()
         if self._measurement is not None and is_logged:
             self._measurement.begin_step(step)
 
@@ -113,12 +118,22 @@ def build_float8_training(
         pp_group = dims.mesh("pp").get_group() if dims.pp > 1 else None
         measurement = Measurement(layers, freq=section.measure_freq, group=group, pp_group=pp_group, device=device)
     if section.enable_fsdp_float8_all_gather and dims.fsdp > 1:
-        of_weights = apply_weight_gather(model, dims.mesh("fsdp"))
         precomputes = section.precompute_float8_dynamic_scale_for_fsdp and recipe.scaling_of("weight") == "dynamic"
-        gather = of_weights if precomputes else None
+        gather = _set_up_gather(model, list(layers.values()), dims.mesh("fsdp"), precomputes)
     if section.write_scales_file is not None:
         write_scales = functools.partial(_write_scales_of_all, Path(section.write_scales_file))
     return Float8Training(gather=gather, history=history, measurement=measurement, write_scales=write_scales)
+
+
+def _set_up_gather(
+    model: nn.Module, layers: list[Float8Linear], mesh: DeviceMesh, precomputes: bool
+) -> WeightGather | None:
+    """Have weights gathered in float8. Return what finds their scales after each update, if anything does."""
+    if list_layouts(model):
+        linears = [become_shard_gathering(layer) for layer in layers]
+        return SimpleWeightGather(linears, mesh.get_group()) if precomputes else None
+    of_weights = apply_weight_gather(model, mesh)
+    return of_weights if precomputes else None
 
 
 def _get_layers(model: nn.Module) -> dict[str, Float8Linear]:

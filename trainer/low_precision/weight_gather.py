@@ -92,6 +92,9 @@ class WeightGather:
         self._group = group
         self._power_of_2 = power_of_2
 
+    def begin_step(self) -> None:
+        """Prepare for the passes of a step."""
+
     def forget_scales(self) -> None:
         """Find out scales at each gathering again, since the weights change otherwise than by an update."""
         for gather in self.shards:
