@@ -124,6 +124,20 @@ FURTHER_TECHNIQUES = (
         parallelism={"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2},
         experts=True,
     ),
+    Technique(
+        "simple",
+        "implementation",
+        "SimpleFSDP",
+        "data_parallel_implementation = simple_fsdp",
+        parallelism={"data_parallel_implementation": "simple_fsdp"},
+    ),
+    Technique(
+        "whole",
+        "compilation",
+        "compile whole",
+        "compile.enable = true, compile.scope = model, compile.graph_passes = transformer_block_bucketing",
+        compile={**_COMPILE, "scope": "model", "graph_passes": "transformer_block_bucketing"},
+    ),
 )
 
 BY_NAME = {technique.name: technique for technique in (*TECHNIQUES, *FURTHER_TECHNIQUES)}
@@ -186,6 +200,18 @@ LARGER_SETS = (
     ("ep", "pp_dualpipev", "ac_full", "accumulation"),
     ("ep", "pp_dualpipev", "fsdp", "ac_op"),
     ("ep", "pp_zbvzerobubble", "etp", "fsdp"),
+    # What torchtitan lists for SimpleFSDP, in as few runs as show it.
+    ("simple", "hsdp", "tied", "accumulation", "ac_op"),
+    ("simple", "ddp", "cp_ring"),
+    ("simple", "fsdp", "tp", "whole", "ac_full"),
+    ("simple", "fsdp", "cp_allgather", "documents", "whole", "bf16"),
+    ("simple", "fsdp", "pp_1f1b", "compile", "ac_op"),
+    ("simple", "fsdp", "pp_zbvzerobubble", "cp_ulysses"),
+    ("simple", "fsdp", "experts", "whole"),
+    ("simple", "ep", "fsdp", "tp", "compile", "ac_op"),
+    ("simple", "ep", "pp_1f1b", "compile", "ac_full"),
+    ("simple", "ep", "fsdp", "whole"),
+    ("simple", "fsdp", "tp", "ac_budget"),
 )
 
 
@@ -275,6 +301,7 @@ REFUSED = {
     frozenset({"cp_ring_alltoall", "documents"}): "cannot keep attention inside documents",
     frozenset({"tp", "cp_ulysses"}): _NO_KV_HEAD,
     frozenset({"ddp", "ep"}): "must divide the ranks that it borrows",
+    frozenset({"ep", "whole"}): "can be in no graph",
     **{frozenset({technique.name, "tied"}): _SHARED for technique in TECHNIQUES if technique.kind == "pipeline"},
 }
 """What cannot work, and a part of the reason given. Everything else must work."""
@@ -286,5 +313,5 @@ def find_refusal(row: Row) -> str | None:
     config = case.config
     problems, _ = find_problems(config, world_size=case.world_size)
     model = Model(case.args, case.spec.build_plan(case.args), "the model of this table")
-    problems += find_parallel_model_problems(model, config.parallelism)
+    problems += find_parallel_model_problems(model, config.parallelism, config.compile)
     return str(problems[0]) if problems else None
