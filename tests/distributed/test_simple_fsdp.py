@@ -29,6 +29,7 @@ from trainer.parallelize import parallelize
 
 SIMPLE = {"data_parallel_implementation": "simple_fsdp"}
 # Their compilers take long: as little as shows everything.
+SHALLOWEST = dataclasses.replace(ARGS, n_layers=1)
 SHALLOW = dataclasses.replace(ARGS, n_layers=2)
 EVEN = dataclasses.replace(SHALLOW, dim=24, n_heads=4, n_kv_heads=2, vocab_size=68)
 WHOLE = {"enable": True, "backend": "aot_eager", "scope": "model"}
@@ -77,10 +78,10 @@ CASES: dict[int, list[tuple[Case, dict[str, Any]]]] = {
         (Case("bf16_both", 2, training={**BF16, "mixed_precision_reduce": "bfloat16"}), {}),
         (Case("ddp", 2, DDP2), {}),
         (Case("accumulation", 2, {"fsdp_accumulation": "sharded"}, microbatches=2), {}),
-        (Case("blocks", 2, training=BF16, base=SHALLOW), BLOCKS),
-        (Case("whole", 2, base=SHALLOW), JOINED),
-        (_case8("float8"), JOINED),
-        (_case8("float8_gather", **GATHER8), BLOCKS),
+        (Case("blocks", 2, training=BF16, base=SHALLOWEST), BLOCKS),
+        (Case("whole", 2, base=SHALLOWEST), JOINED),
+        (_case8("float8"), {}),
+        (_case8("float8_gather", **GATHER8), {}),
         (_case8("float8_precompute", **PRECOMPUTE), JOINED),
         (_case8("float8_delayed", **GATHER8, recipe_name="delayed", delayed_warmup_steps=1), {}),
     ],
@@ -98,7 +99,7 @@ def test_every_bit_is_fsdp2s(world_size: int) -> None:
 
 
 def test_inductor_comes_as_near_as_rounding() -> None:
-    case = Case("inductor", 2, base=dataclasses.replace(ARGS, n_layers=1))
+    case = Case("inductor", 2, base=SHALLOWEST)
     compiled = _make_simple(case, compile={**JOINED, "backend": "inductor"})
     for ((actual, expected),) in run_distributed(_run_pairs, 2, [(compiled, case)], timeout=COMPILING_SECONDS):
         assert actual.losses == pytest.approx(expected.losses, rel=1e-6)
@@ -209,10 +210,12 @@ def _exchange_checkpoints(folder: str) -> list[str]:
     runs = {"fsdp2": _Run({}, seed=1), "simple": _Run(SIMPLE, seed=2)}
     different = []
     for source, target in (("fsdp2", "simple"), ("simple", "fsdp2")):
-        saver, loader = (runs[name].manage(f"{folder}/{source}") for name in (source, target))
+        saver = runs[source].manage(f"{folder}/{source}")
         saver.save(1)
         saver.close()
+        saver.release_folder()
         dist.barrier()
+        loader = runs[target].manage(f"{folder}/{source}")
         assert loader.load() == 1
         loader.close()
         expected, actual = runs[source].list_state(), runs[target].list_state()

@@ -66,12 +66,15 @@ def _estimates_without_gpu() -> Any:
     import torch._inductor.utils as inductor_utils
     import torch.utils._runtime_estimation as estimation
 
-    asked = estimation.get_gpu_dram_gbps, inductor_utils.get_gpu_dram_gbps
-    estimation.get_gpu_dram_gbps = inductor_utils.get_gpu_dram_gbps = lambda: 100
+    modules: tuple[Any, ...] = (estimation, inductor_utils)
+    asked = inductor_utils.get_gpu_dram_gbps
+    for module in modules:
+        module.get_gpu_dram_gbps = lambda: 100
     try:
         yield
     finally:
-        estimation.get_gpu_dram_gbps, inductor_utils.get_gpu_dram_gbps = asked
+        for module in modules:
+            module.get_gpu_dram_gbps = asked
 
 
 def keep_order(graph: fx.Graph, after: Mapping[fx.Node, Sequence[fx.Node]]) -> None:

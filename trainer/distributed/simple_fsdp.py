@@ -111,7 +111,7 @@ class _Link:
     parameter: nn.Parameter
     target: _Target
     layout: Layout
-    readers: list[tuple[nn.Module, str]]
+    readers: list[tuple[Any, str]]
 
 
 def _get_target(dims: ParallelDims, shard_axis: str, *, dim: int) -> _Target:
@@ -212,13 +212,18 @@ def _become_gathering(module: nn.Module, layouts: dict[str, Layout]) -> None:
     module.__class__ = _get_gathering_class(type(module), tuple(layouts))
 
 
-@functools.cache
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _get_gathering_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    if (cls, names) in _classes:
+        return _classes[cls, names]
     properties = {name: property(_build_getter(name)) for name in names}
     if "weight" in names:
         # What the styles of tensor parallelism read: this rank's part.
         properties |= {"local_weight": properties["weight"], "weight": property(_get_placed_weight)}
-    return type(f"Gathering{cls.__name__}", (cls,), properties)
+    _classes[cls, names] = type(f"Gathering{cls.__name__}", (cls,), properties)
+    return _classes[cls, names]
 
 
 def _build_getter(name: str) -> Callable[[nn.Module], Any]:
@@ -252,7 +257,7 @@ def _link_shards(links: Sequence[_Link], *_: Any) -> None:
         assert isinstance(parameter, DTensor)
         local = parameter._local_tensor
         module, name = link.readers[0]
-        shard = module._shards.get(name)  # type: ignore[union-attr]  # `_become_gathering` made it
+        shard = module._shards.get(name)
         if shard is not None and shard.data_ptr() == local.data_ptr():
             continue
         if local.is_meta:
@@ -263,7 +268,7 @@ def _link_shards(links: Sequence[_Link], *_: Any) -> None:
         if parameter.requires_grad:
             shard.register_post_accumulate_grad_hook(functools.partial(_hand_over_gradient, link.parameter))
         for reader, its_name in link.readers:
-            reader._shards[its_name] = shard  # type: ignore[index,operator]
+            reader._shards[its_name] = shard
 
 
 @torch.no_grad()
