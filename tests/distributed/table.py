@@ -203,15 +203,15 @@ LARGER_SETS = (
     # What torchtitan lists for SimpleFSDP, in as few runs as show it.
     ("simple", "hsdp", "tied", "accumulation", "ac_op"),
     ("simple", "ddp", "cp_ring"),
+    ("simple", "fsdp", "pp_1f1b", "ac_op"),
+    ("simple", "fsdp", "pp_zbvzerobubble", "cp_ulysses"),
+    ("simple", "fsdp", "ac_budget"),
     ("simple", "fsdp", "tp", "whole", "ac_full"),
     ("simple", "fsdp", "cp_allgather", "documents", "whole", "bf16"),
-    ("simple", "fsdp", "pp_1f1b", "compile", "ac_op"),
-    ("simple", "fsdp", "pp_zbvzerobubble", "cp_ulysses"),
     ("simple", "fsdp", "experts", "whole"),
-    ("simple", "ep", "fsdp", "tp", "compile", "ac_op"),
+    ("simple", "ep", "fsdp", "tp", "ac_op"),
     ("simple", "ep", "pp_1f1b", "compile", "ac_full"),
     ("simple", "ep", "fsdp", "whole"),
-    ("simple", "fsdp", "tp", "ac_budget"),
 )
 
 
