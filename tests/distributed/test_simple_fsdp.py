@@ -111,11 +111,11 @@ def _build(case: Case) -> Any:
     return model
 
 
-def _record_graphs(cases: list[Case]) -> list[list[list[str]]]:
-    """Return the collectives of each case's forward and backward graph, in their order."""
+def _record_graphs(cases: list[Case]) -> tuple[list[list[list[str]]], list[str]]:
+    """Return the collectives of each case's forward and backward graph, in their order, and what tags its cached graphs."""
     names = {GATHER: "gather", SCATTER: "scatter", REDUCE: "reduce", WAIT: "wait"}
     make_boxed = compile_backends.make_boxed_func
-    recorded = []
+    recorded, tags = [], []
     for case in cases:
         graphs: list[list[str]] = []
 
@@ -129,7 +129,8 @@ def _record_graphs(cases: list[Case]) -> list[list[list[str]]]:
             tokens, labels = make_batch(0)
             _build(case)(tokens, labels=labels, loss_fn=summed_loss).backward()
         recorded.append(graphs)
-    return recorded
+        tags.append(torch.compiler.config.cache_key_tag)
+    return recorded, tags
 
 
 N_WEIGHTS = 1 + SHALLOW.n_layers * 9 + 2
@@ -151,7 +152,10 @@ def test_passes_free_join_and_order_collectives() -> None:
         Case("case", 2, {"fsdp_reshard_after_forward": reshard, **SIMPLE}, compile=settings, base=EVEN)
         for reshard, settings, *_ in ROWS
     ]
-    for recorded in run_distributed(_record_graphs, 2, cases, timeout=COMPILING_SECONDS):
+    results = run_distributed(_record_graphs, 2, cases, timeout=COMPILING_SECONDS)
+    tags = [tag for _, its_tags in results for tag in its_tags]
+    assert len(set(tags)) == 2 * len(cases), "no graph of another policy or rank comes from a cache"
+    for recorded, _ in results:
         for (_, settings, *expected), graphs in zip(ROWS, recorded, strict=True):
             forward, backward = graphs
             counts = [forward.count("gather"), backward.count("gather"), backward.count("scatter")]

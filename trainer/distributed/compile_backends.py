@@ -129,4 +129,6 @@ class _OrderInInductor(CustomGraphPass):
 def _tag_caches(passes: WeightPasses, graph_passes: str) -> None:
     """Have graphs cached apart by what torch's keys leave out: passes over the joint graph, and the rank, whose shards may be shorter."""
     source = get_hash_for_files((weight_passes.__file__,)).hex()
-    torch.compiler.config.cache_key_tag = f"simple_fsdp {graph_passes} {passes} {source} rank {dist.get_rank()}"
+    users = torch.compiler.config.cache_key_tag.partition("; simple_fsdp")[0]
+    tag = f"{users}; simple_fsdp {graph_passes} {passes} {source} rank {dist.get_rank()}"
+    torch.compiler.config.cache_key_tag = tag
