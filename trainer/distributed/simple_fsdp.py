@@ -230,9 +230,9 @@ def _build_getter(name: str) -> Callable[[nn.Module], Any]:
     def get(module: Any) -> Any:
         if name not in module._shards:
             return module._parameters[name]
-        # One in low precision has its own way.
-        own = getattr(module, "gather_weight", None) if name == "weight" else None
-        return (own or gather_weight)(module._shards[name], module._layouts[name])
+        if name == "weight" and hasattr(module, "gather_weight"):  # one in low precision has its own way
+            return module.gather_weight(module._shards[name], module._layouts[name])
+        return gather_weight(module._shards[name], module._layouts[name])
 
     return get
 
