@@ -251,6 +251,7 @@ class Row:
             self.name,
             ranks,
             **merged,
+            chunk_size=70 if merged["compile"].get("scope") == "model" else 7,
             microbatches=accumulation,
             chunk_size=8 if merged["compile"] else 7,  # a graph of one size is enough
             tied=any(technique.tied for technique in self.techniques),

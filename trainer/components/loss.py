@@ -103,7 +103,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             end = begin + chunk_size
             chunk = hidden[begin:end]
             chunk_loss, dlogits = token_loss(chunk @ weight.t(), labels[begin:end])
-            loss += chunk_loss
+            loss = loss + chunk_loss  # not in place: compiled as a part of the model, torch 2.11 would give no gradient
             torch.mm(dlogits, weight, out=dhidden[begin:end])
             if one_chunk:
                 dweight = dlogits.t() @ chunk
