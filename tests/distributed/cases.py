@@ -87,8 +87,6 @@ class Case:
     """Settings of `quantize.linear.float8`, which is off without."""
     float8_experts: dict[str, Any] | None = None
     """The same of `quantize.grouped_mm.float8`."""
-    chunk_size: int = 7
-    """Tokens in a chunk of the loss. A graph of all of a model has each anew: few compile faster."""
     microbatches: int = 1
     chunk_size: int = 7
     """Tokens in a chunk of the loss. The last chunk is a shorter one, which has a graph of its own where the loss is compiled."""
