@@ -251,9 +251,9 @@ class Row:
             self.name,
             ranks,
             **merged,
-            chunk_size=70 if merged["compile"].get("scope") == "model" else 7,
             microbatches=accumulation,
-            chunk_size=8 if merged["compile"] else 7,  # a graph of one size is enough
+            # A graph of one size is enough; one of all of a model has each chunk anew, and few compile faster.
+            chunk_size=64 if merged["compile"].get("scope") == "model" else 8 if merged["compile"] else 7,
             tied=any(technique.tied for technique in self.techniques),
             documents=any(technique.documents for technique in self.techniques),
             base=base,

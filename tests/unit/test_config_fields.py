@@ -21,14 +21,7 @@ READ_HERE = {
     "job.config_file",
     "job.validate_only",
     "model.tokenizer_path",
-READ_HERE = {
-    "job.config_file",
-    "job.validate_only",
-    "model.tokenizer_path",
     "quantize.linear.float8.fp8_opt_level",
-    "compile.graph_passes",
-    "compile.model_backend_override",
-}
     "compile.graph_passes",
     "compile.model_backend_override",
 }
