@@ -36,11 +36,7 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
         dims=dims,
         tokens=count_tokens(config.training, config.parallelism),
     )
-    spreads_experts = bool(plan.experts) and dims.spreads_experts
-    if spreads_experts:
-        dims.build_expert_mesh()
-    elif dims.ep > 1:
-        raise ValueError(f"parallelism.expert_parallel_degree = {dims.ep}: this model's plan names no experts. Use 1")
+    spreads_experts = _build_expert_mesh(plan, dims)
     stages: list[Stage] = []
     if dims.pp > 1:
         rank = dims.mesh("pp").get_local_rank()
@@ -81,6 +77,16 @@ def parallelize(model: nn.Module, *, plan: ParallelPlan, dims: ParallelDims, con
     for part in parts:
         _spread_weights(part, plan.restrict_to([name for name, _ in part.named_modules()]), dims, config)
     return stages
+
+
+def _build_expert_mesh(plan: ParallelPlan, dims: ParallelDims) -> bool:
+    """Build the mesh of experts that are on several ranks. Return whether there are such."""
+    if dims.ep > 1 and not plan.experts:
+        raise ValueError(f"parallelism.expert_parallel_degree = {dims.ep}: this model's plan names no experts. Use 1")
+    spreads_experts = bool(plan.experts) and dims.spreads_experts
+    if spreads_experts:
+        dims.build_expert_mesh()
+    return spreads_experts
 
 
 def _compile(part: nn.Module, plan: ParallelPlan, dims: ParallelDims, config: JobConfig, spreads_experts: bool) -> None:
