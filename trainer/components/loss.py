@@ -76,8 +76,12 @@ def _split_loss_and_gradient(logits: Tensor, labels: Tensor, begin: int, axis: T
     return losses.sum(), gradient.to(logits.dtype)
 
 
+@torch.library.custom_op("bloomery::accumulate_weight_gradient", mutates_args=("total",))
 def _accumulate_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """total (V, D) float32 += dlogits (C, V)^T @ hidden (C, D), without rounding between chunks."""
+    """total (V, D) float32 += dlogits (C, V)^T @ hidden (C, D), without rounding between chunks.
+
+    One operation to the compiler, which does not know products with a dtype of their own for the result (torch 2.11).
+    """
     if dlogits.dtype == torch.float32:
         total.addmm_(dlogits.t(), hidden)
     elif total.is_cuda:
