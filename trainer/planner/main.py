@@ -1,7 +1,9 @@
 """The answers of `--job.plan` and `--job.plan_search`: on the terminal, and in files."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.config.schema import JobConfig
@@ -21,12 +23,13 @@ def answer(config: JobConfig, world_size: int) -> int:
     Raises:
         ValueError: settings that cannot be planned.
     """
-    _quiet()
     if config.job.plan_search:
-        results = Search(config, world_size).run()
+        with _quiet():
+            results = Search(config, world_size).run()
         print(format_results(results))
         return 0 if any(result.fits for result in results) else 1
-    plan = make_plan(config, world_size)
+    with _quiet():
+        plan = make_plan(config, world_size)
     folder = Path(config.job.dump_folder) / "plan"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
@@ -41,8 +44,16 @@ def answer(config: JobConfig, world_size: int) -> int:
     return 0 if plan.fits else 1
 
 
-def _quiet() -> None:
-    """What the parts of a run log is for runs."""
-    for name in ("trainer", "torch.distributed", "torch._dynamo"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("trainer.planner").setLevel(logging.WARNING)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what the parts of a run log for runs."""
+    levels = {"trainer": logging.ERROR, "torch.distributed": logging.ERROR, "torch._dynamo": logging.ERROR}
+    levels["trainer.planner"] = logging.WARNING
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
