@@ -441,6 +441,7 @@ class _Watch:
         self._end = self._end or "SIGTERM"
         try:
             self._line.post(self._make_report(in_full=True))
+            self._meet_neighbours()  # in the first seconds not all have been met
             if not has_failed and not self._is_settled.is_set() and self._find_dead_neighbours():
                 here = sorted([self._rank, *self._neighbours])
                 cause, reports = self._gather(here, seconds=_GRACE_SECONDS, only_certain=True)
@@ -450,6 +451,10 @@ class _Watch:
             self._message = self._message if told is None else told.decode()
         except NoAnswerError:
             pass  # nobody can tell a death from an end on demand
+        if self._message is None and self._end.startswith("lost"):
+            # A launcher ends the survivors of a death. Those that are told to stop leave together, and lose no connection.
+            self._message = "a connection was lost, and SIGTERM came: another rank has died, it is not known which"
+            logger.error(self._message)
         if self._watchdog.on_leave is not None:
             self._watchdog.on_leave(self._message)
         self._bell.die()
