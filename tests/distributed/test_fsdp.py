@@ -34,7 +34,8 @@ class _CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _build(case: Case) -> Transformer:
+def build_sharded(case: Case) -> Transformer:
+    """Return a case's model with weights, spread over the ranks."""
     dims = ParallelDims.from_config(case.config.parallelism, dist.get_world_size())
     dims.build_mesh("cpu")
     with torch.device("meta"):
@@ -46,7 +47,7 @@ def _build(case: Case) -> Transformer:
 
 def _count_collectives(case: Case, accumulation: Any) -> list[dict[str, int]]:
     """Collectives of each microbatch of one step, by name."""
-    model = _build(case)
+    model = build_sharded(case)
     policy = case.config.parallelism.fsdp_reshard_after_forward
     tokens, labels = make_batch(0)
     counts = []
@@ -108,7 +109,7 @@ def test_never_with_whole_gradients_gathers_weights_once_a_step() -> None:
 
 
 def _reshard_after_evaluation(case: Case) -> tuple[bool, bool]:
-    model = _build(case)
+    model = build_sharded(case)
     before = {name: id(p) for name, p in model.named_parameters()}
     with torch.no_grad():
         model(make_batch(0)[0])
@@ -126,7 +127,7 @@ def test_reshard_brings_the_optimizers_parameters_back(policy: str) -> None:
 
 
 def _describe(case: Case) -> tuple[list[str], list[str], list[str]]:
-    model = _build(case)
+    model = build_sharded(case)
     names = [name for name, _ in model.named_parameters()]
     return names, list(model.state_dict()), [name for name, m in model.named_modules() if isinstance(m, FSDPModule)]
 

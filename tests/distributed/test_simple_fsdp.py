@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
 from tests.distributed.cases import ARGS, BF16, DDP2, HSDP, Case, Outcome, make_batch, run_case, summed_loss
 from tests.distributed.harness import run_distributed
+from tests.distributed.test_fsdp import build_sharded
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.loss import LinearCrossEntropy
 from trainer.components.optimizer import build_optimizer
@@ -23,9 +23,7 @@ from trainer.config.schema_training import OptimizerConfig, TrainingConfig
 from trainer.distributed import compile_backends
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.simple_fsdp import apply_simple_fsdp
-from trainer.distributed.weight_init import init_weights
 from trainer.distributed.weight_passes import GATHER, REDUCE, SCATTER, WAIT
-from trainer.parallelize import parallelize
 
 SIMPLE = {"data_parallel_implementation": "simple_fsdp"}
 # Their compilers take long: as little as shows everything.
@@ -101,16 +99,6 @@ def test_every_bit_is_fsdp2s(world_size: int) -> None:
 # --- the collectives ---
 
 
-def _build(case: Case) -> Any:
-    dims = ParallelDims.from_config(case.config.parallelism, dist.get_world_size())
-    dims.build_mesh("cpu")
-    with torch.device("meta"):
-        model = Transformer(case.args)
-    parallelize(model, plan=build_plan(case.args), dims=dims, config=case.config)
-    init_weights(model, seed=0, device="cpu")
-    return model
-
-
 def _record_graphs(cases: list[Case]) -> tuple[list[list[list[str]]], list[str]]:
     """Return the collectives of each case's forward and backward graph, in their order, and what tags its cached graphs."""
     names = {GATHER: "gather", SCATTER: "scatter", REDUCE: "reduce", WAIT: "wait"}
@@ -127,7 +115,7 @@ def _record_graphs(cases: list[Case]) -> tuple[list[list[list[str]]], list[str]]
         torch._dynamo.reset()
         with mock.patch.object(compile_backends, "make_boxed_func", record):
             tokens, labels = make_batch(0)
-            _build(case)(tokens, labels=labels, loss_fn=summed_loss).backward()
+            build_sharded(case)(tokens, labels=labels, loss_fn=summed_loss).backward()
         recorded.append(graphs)
         tags.append(torch.compiler.config.cache_key_tag)
     return recorded, tags
@@ -174,7 +162,7 @@ def test_passes_free_join_and_order_collectives() -> None:
 def _list_gradients(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
     gradients = []
     for case in cases:
-        model = _build(case)
+        model = build_sharded(case)
         tokens, labels = make_batch(dist.get_rank())
         model(tokens, labels=labels, loss_fn=summed_loss).backward()
         gradients.append({name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()})
@@ -197,7 +185,7 @@ class _Run:
 
     def __init__(self, parallelism: dict[str, Any], seed: int) -> None:
         case = Case("run", 4, {**TP, **parallelism}, base=EVEN)
-        self.model = _build(case)
+        self.model = build_sharded(case)
         group = self.model.output.weight.device_mesh["tp"].get_group()
         self.loss_fn = LinearCrossEntropy(tp_group=group)
         self.optimizer = build_optimizer(self.model, section=OptimizerConfig())
@@ -266,7 +254,7 @@ def _provoke() -> dict[str, str]:
         messages[name] = str(raised.value)
 
     automatic = Case("auto", 2, SIMPLE, compile={**WHOLE, "backend": "aot_eager_autobucketing"})
-    note("uneven", ValueError, _build, automatic)
+    note("uneven", ValueError, build_sharded, automatic)
     dims = ParallelDims(2, dp_shard=2)
     dims.build_mesh("cpu")
     plan = build_plan(ARGS)
