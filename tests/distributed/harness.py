@@ -250,13 +250,22 @@ class _Beginning:
         """Forget compiled code, process groups, and what DTensor remembers of meshes that had them."""
         import torch
         import torch.distributed as dist
+        from torch.distributed.tensor._collective_utils import MeshTopoInfo
+        from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         torch._dynamo.reset()
         gc.collect()  # models, while their process groups are there
         if dist.is_initialized():
             dist.destroy_process_group()
+        # A mesh that one of these still had would keep its groups, and each of gloo's has threads that wake 100 times a second.
         _clear_sharding_prop_cache()
+        clear_redistribute_planner_cache()
+        _gen_transform_infos.cache_clear()
+        MeshTopoInfo.build_from_mesh.cache_clear()
+        ShardingPropagator._propagate_tensor_meta_cached.cache_clear()
+        gc.collect()
         torch.set_rng_state(self._random_state)
         os.environ.clear()
         os.environ.update(self._environment)
