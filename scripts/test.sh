@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Check the code and run the tests: scripts/test.sh [pytest arguments]
+# Check the code and run the tests: scripts/test.sh [--all] [pytest arguments]
 #
 # Sets up what is missing (as run_train.sh does), then runs ruff, mypy and pytest over tests/unit, tests/distributed,
 # tests/faults and tests/cluster, and over tests/gpu where there is a CUDA device. Paths among the arguments take the place
 # of these folders. All of the checks run, even after one has failed; the exit code is 1 if any did.
 #
-# tests/cluster needs SLURM and ip, and the test of the run report looks at it in Chromium. Where root runs them on Debian or Ubuntu,
+# --all: also the tests that are marked exhaustive, as continuous integration does: more combinations of what the others show,
+# and jobs on a SLURM of their own.
+#
+# Most of tests/cluster is exhaustive. It needs SLURM and ip, and the test of the run report looks at it in Chromium. Where root runs them on Debian or Ubuntu,
 # these are installed with apt-get, unless BLOOMERY_INSTALL=0; where they cannot be, tests are skipped with the reason.
 set -euo pipefail
 

@@ -16,6 +16,8 @@ from tests.distributed.training import Run, assert_succeeded
 from tests.packages import install
 from trainer.components.checkpoint_files import list_steps
 
+pytestmark = pytest.mark.exhaustive  # Twenty-four programs begin, each of which imports torch.
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 48
 SETTINGS = (
@@ -37,7 +39,7 @@ ENVIRONMENT = {
     "SBATCH_TIMELIMIT": "30",
     "SBATCH_SIGNAL": "B:USR1@20",
 }
-PATIENCE = 240.0
+PATIENCE = 480.0
 
 
 @dataclass

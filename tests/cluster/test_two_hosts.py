@@ -14,6 +14,8 @@ from tests.distributed.training import Run, assert_succeeded
 from tests.packages import install
 from trainer.components.checkpoint_files import list_steps
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS = 30
 TIMEOUT = 10
 SETTINGS = (

@@ -89,7 +89,7 @@ def _run_counting_turns(case: Case) -> tuple[Outcome, int]:
     return outcome, len(switches)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_passes_of_dualpipev_take_turns_and_change_nothing(recomputes: bool) -> None:
     section = {"mode": "full"} if recomputes else {}
     case = Case("dualpipev", 4, DUAL, activation_checkpoint=section, base=EXPERT_ARGS)

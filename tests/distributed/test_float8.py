@@ -49,13 +49,13 @@ def case(name: str, ranks: int, float8: dict, parallelism: dict | None = None, b
     return Case(name, ranks, parallelism or {}, training=BF16, base=base, float8=float8, **more)
 
 
-def run_cases(cases: list[Case]) -> dict[str, Outcome]:
-    return {case.name: run_case(case) for case in cases}
-
-
 def run_all(*cases: Case) -> list[dict[str, Outcome]]:
     """What each rank has of each case, all run by the same processes."""
-    return run_distributed(run_cases, cases[0].world_size, list(cases), timeout=280, reuse=True)
+    by_case = [run_distributed(run_case, case.world_size, case, reuse=True) for case in cases]
+    return [
+        {case.name: outcome for case, outcome in zip(cases, of_rank, strict=True)}
+        for of_rank in zip(*by_case, strict=True)
+    ]
 
 
 @functools.cache
@@ -125,6 +125,7 @@ def test_tensor_parallel_rowwise_and_with_fewer_heads_than_ranks() -> None:
             assert (gradient - exact).norm() <= TOLERANCES[name][1] * exact.norm(), parameter
 
 
+@pytest.mark.exhaustive
 def test_model_with_experts_has_them_or_its_other_layers_in_float8() -> None:
     """Its latent attention has matrices that tensor parallelism does not cut."""
     delayed = {**DELAYED, "enable_fsdp_float8_all_gather": True}

@@ -1,7 +1,4 @@
-"""Multi-token prediction and the sequence-wise balance loss, whose losses look beyond one token, give the gradients of one process.
-
-Cases of as many ranks share their processes, since starting those is most of the work.
-"""
+"""Multi-token prediction and the sequence-wise balance loss, whose losses look beyond one token, give the gradients of one process."""
 
 import dataclasses
 import functools
@@ -63,6 +60,11 @@ AC_OP = {"mode": "selective", "selective_ac_option": "op"}
 TP = {"tensor_parallel_degree": 2}
 REPLICATED = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
 
+# The others run with --all.
+DAILY = (
+    *("fsdp_accumulation", "cp_allgather_documents_ac_op", "cp_ring_ac_full", "cp_ulysses", "pp_1f1b_accumulation"),
+    *("pp_ZBVZeroBubble", "tp", "cp_pp_1f1b", "tp_ep_accumulation"),
+)
 CASES = [
     case("fsdp", {}, world_size=2),
     case("fsdp_accumulation", {}, world_size=2, microbatches=2),
@@ -94,20 +96,14 @@ def reference(args: DeepSeekV3Args, documents: bool) -> Outcome:
     return run_reference(Case("reference", documents=documents, base=args))
 
 
-def run_cases(cases: list[Case]) -> list[Outcome]:
-    return [run_case(case) for case in cases]
+def mark(case: Case):
+    return pytest.param(case, id=case.name, marks=[] if case.name in DAILY else [pytest.mark.exhaustive])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_cases_equal_one_process(world_size: int) -> None:
-    cases = [case for case in CASES if case.world_size == world_size]
-    by_rank = run_distributed(run_cases, world_size, cases, timeout=TIMEOUT_SECONDS, reuse=True)
-    for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
-        try:
-            assert_equal_outcomes(list(outcomes), reference(case.base, case.documents), case.tolerance)
-        except AssertionError as error:
-            error.add_note(f"in {case.name}")
-            raise
+@pytest.mark.parametrize("case", [mark(case) for case in sorted(CASES, key=lambda case: case.world_size)])
+def test_case_equals_one_process(case: Case) -> None:
+    outcomes = run_distributed(run_case, case.world_size, case, timeout=TIMEOUT_SECONDS, reuse=True)
+    assert_equal_outcomes(outcomes, reference(case.base, case.documents), case.tolerance)
 
 
 def test_both_losses_weigh_in_the_gradients() -> None:

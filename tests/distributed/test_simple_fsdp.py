@@ -42,8 +42,8 @@ def _make_simple(case: Case, **more: Any) -> Case:
 # --- the same numbers ---
 
 
-def _run_pairs(pairs: list[tuple[Case, Case]]) -> list[tuple[Outcome, Outcome]]:
-    return [(run_case(actual), run_case(expected)) for actual, expected in pairs]
+def _run_both(actual: Case, expected: Case) -> tuple[Outcome, Outcome]:
+    return run_case(actual), run_case(expected)
 
 
 def _find_differences(actual: Outcome, expected: Outcome) -> list[str]:
@@ -69,31 +69,30 @@ def _case8(name: str, **float8: Any) -> Case:
 
 # FSDP2 and what SimpleFSDP does otherwise. Of two summands each: of more, gloo adds up in an order that depends on where in a buffer
 # they are.
-CASES: dict[int, list[tuple[Case, dict[str, Any]]]] = {
-    2: [
-        (Case("fp32", 2), {}),
-        (Case("bf16", 2, training=BF16), {}),
-        (Case("bf16_both", 2, training={**BF16, "mixed_precision_reduce": "bfloat16"}), {}),
-        (Case("ddp", 2, DDP2), {}),
-        (Case("accumulation", 2, {"fsdp_accumulation": "sharded"}, microbatches=2), {}),
-        (Case("blocks", 2, training=BF16, base=SHALLOWEST), BLOCKS),
-        (Case("whole", 2, base=SHALLOWEST, chunk_size=70), JOINED),
-        (_case8("float8"), {}),
-        (_case8("float8_gather", **GATHER8), {}),
-        (_case8("float8_precompute", **PRECOMPUTE), JOINED),
-        (_case8("float8_delayed", **GATHER8, recipe_name="delayed", delayed_warmup_steps=1), {}),
-    ],
-    4: [(Case("hsdp", 4, HSDP), {}), (Case("tp", 4, TP, base=EVEN), {})],
-    8: [(Case("hsdp_tp", 8, {**HSDP, **TP}, base=EVEN), {})],
-}
+CASES = [
+    (Case("fp32", 2), {}),
+    (Case("bf16", 2, training=BF16), {}),
+    (Case("bf16_both", 2, training={**BF16, "mixed_precision_reduce": "bfloat16"}), {}),
+    (Case("ddp", 2, DDP2), {}),
+    (Case("accumulation", 2, {"fsdp_accumulation": "sharded"}, microbatches=2), {}),
+    (Case("blocks", 2, training=BF16, base=SHALLOWEST), BLOCKS),
+    (Case("whole", 2, base=SHALLOWEST, chunk_size=70), JOINED),
+    (_case8("float8"), {}),
+    (_case8("float8_gather", **GATHER8), {}),
+    (_case8("float8_precompute", **PRECOMPUTE), JOINED),
+    (_case8("float8_delayed", **GATHER8, recipe_name="delayed", delayed_warmup_steps=1), {}),
+    (Case("hsdp", 4, HSDP), {}),
+    (Case("tp", 4, TP, base=EVEN), {}),
+    pytest.param(Case("hsdp_tp", 8, {**HSDP, **TP}, base=EVEN), {}, marks=pytest.mark.exhaustive),
+]
 
 
-@pytest.mark.parametrize("world_size", CASES)
-def test_every_bit_is_fsdp2s(world_size: int) -> None:
-    pairs = [(_make_simple(case, compile=compilation), case) for case, compilation in CASES[world_size]]
-    for outcomes in run_distributed(_run_pairs, world_size, pairs, timeout=COMPILING_SECONDS):
-        for (case, _), (actual, expected) in zip(pairs, outcomes, strict=True):
-            assert not _find_differences(actual, expected), case.name
+@pytest.mark.parametrize(("case", "compilation"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_every_bit_is_fsdp2s(case: Case, compilation: dict[str, Any]) -> None:
+    simple = _make_simple(case, compile=compilation)
+    outcomes = run_distributed(_run_both, case.world_size, simple, case, timeout=COMPILING_SECONDS, reuse=True)
+    for actual, expected in outcomes:
+        assert not _find_differences(actual, expected)
 
 
 # --- the collectives ---

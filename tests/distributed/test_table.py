@@ -27,7 +27,11 @@ def _get_reference(case: Case) -> Outcome:
 ROWS = sorted(list_rows(), key=lambda row: -row.case.world_size)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def mark(row: Row):
+    return pytest.param(row, id=row.name, marks=[pytest.mark.exhaustive] if row.is_exhaustive else [])
+
+
+@pytest.mark.parametrize("row", [mark(row) for row in ROWS])
 def test_row_equals_one_process_or_is_refused(row: Row) -> None:
     names = {technique.name for technique in row.techniques}
     expected_reason = next((reason for combination, reason in REFUSED.items() if combination <= names), None)
@@ -51,3 +55,10 @@ def test_table_has_every_pair() -> None:
     rows = [frozenset(technique.name for technique in row.techniques) for row in list_rows()]
     assert len(rows) == len(set(rows))
     assert sum(len(names) == 2 for names in rows) > 200
+
+
+def test_pairs_on_fewer_than_eight_ranks_run_each_time_if_only_in_a_larger_row() -> None:
+    run = [{t.name for t in row.techniques} for row in list_rows() if not row.is_exhaustive]
+    for row in list_rows():
+        names = {technique.name for technique in row.techniques}
+        assert len(names) != 2 or row.case.world_size == 8 or any(names <= larger for larger in run), row.name

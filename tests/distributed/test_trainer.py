@@ -94,7 +94,12 @@ COMPILATION = ["--compile.enable", "--compile.backend=aot_eager"]
         pytest.param(1, VALIDATION, id="one-sync"),
         pytest.param(1, ["--checkpoint.async_mode=async", *VALIDATION, *RECOMPUTATION], id="one-async"),
         pytest.param(2, ["--checkpoint.async_mode=async_with_pinned_mem", *VALIDATION], id="two-staged"),
-        pytest.param(2, ["--checkpoint.async_mode=async", *RECOMPUTATION, *COMPILATION], id="two-async-compiled"),
+        pytest.param(
+            2,
+            ["--checkpoint.async_mode=async", *RECOMPUTATION, *COMPILATION],
+            id="two-async-compiled",
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(
             2,
             ["--parallelism.data_parallel_replicate_degree=2", "--activation_checkpoint.mode=selective", *VALIDATION],

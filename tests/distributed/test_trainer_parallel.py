@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -27,6 +27,11 @@ SPREAD = {
     "fsdp-tp-pp": (8, [TP, PP, f"{SCHEDULE}Interleaved1F1B"]),
     "fsdp-cp-compiled": (4, [CP, "--compile.enable", "--compile.backend=aot_eager"]),
 }
+
+
+def mark(names: Iterable[str], *exhaustive: str) -> list:
+    """Return the names as parameters, of which some are costly and near to others."""
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] if name in exhaustive else []) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def assert_trained_alike(accounts: list[Account], reference: Account) -> None:
         torch.testing.assert_close(trained[parameter], expected, rtol=1e-3, atol=1e-5, msg=parameter)
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", mark(SPREAD, "cp-ulysses", "fsdp-cp-compiled"))
 def test_run_is_that_of_one_process(one_process: tuple[Run, list], start: Starter, name: str) -> None:
     whole, (reference,) = one_process
     run, accounts = start(*spread(name))
@@ -86,7 +91,7 @@ def test_run_is_that_of_one_process(one_process: tuple[Run, list], start: Starte
     assert_trained_alike(accounts, reference)
 
 
-@pytest.mark.parametrize("name", ["fsdp-tp-pp", "cp", "pp-zbv"])
+@pytest.mark.parametrize("name", mark(["fsdp-tp-pp", "cp", "pp-zbv"], "fsdp-tp-pp"))
 def test_resume_is_bitwise(start: Starter, run: Run, name: str) -> None:
     whole, expected = start(*spread(name))
     accounts = go_on(whole, run, *spread(name))
@@ -95,7 +100,14 @@ def test_resume_is_bitwise(start: Starter, run: Run, name: str) -> None:
         assert_equal_states(account, reference, 7)
 
 
-@pytest.mark.parametrize(("before", "after"), [("fsdp-tp-pp", "cp"), ("cp", "pp-zbv"), ("tp", "fsdp-tp-pp")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("fsdp-tp-pp", "cp"),
+        ("cp", "pp-zbv"),
+        pytest.param("tp", "fsdp-tp-pp", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_checkpoint_goes_on_under_other_parallelisms(
     one_process: tuple[Run, list], start: Starter, run: Run, before: str, after: str
 ) -> None:
@@ -135,7 +147,7 @@ def one_process_with_experts(one_process: tuple[Run, list]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", EXPERTS_SPREAD)
+@pytest.mark.parametrize("name", mark(EXPERTS_SPREAD, "hsdp", "cp", "ep", "recomputed", "fsdp-compiled"))
 def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, start: Starter, name: str) -> None:
     whole = one_process_with_experts
     run, _ = start(*spread_experts(name))
@@ -150,7 +162,7 @@ def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, 
     assert run.curve("experts/dropped") == [0.0] * 7
 
 
-@pytest.mark.parametrize("name", ["pp", "ep"])
+@pytest.mark.parametrize("name", mark(["pp", "ep"], "ep"))
 def test_run_with_experts_resumes_bitwise(start: Starter, run: Run, name: str) -> None:
     """The last stage's copy of the embeddings is no part of the checkpoint; experts on several ranks are."""
     whole, expected = start(*spread_experts(name))
@@ -161,7 +173,7 @@ def test_run_with_experts_resumes_bitwise(start: Starter, run: Run, name: str) -
         assert_equal_states(account, reference, 7)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "ep"])
+@pytest.mark.parametrize("name", mark(["fsdp", "ep"], "ep"))
 def test_experts_and_their_bias_go_on_on_two_ranks(
     one_process_with_experts: Run, start: Starter, run: Run, name: str
 ) -> None:

@@ -32,6 +32,7 @@ def start_hosts(stack: contextlib.ExitStack, hosts: int, command: dict, log: Pat
     return launchers
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_failed_run_is_restarted_in_place_resumes_and_stops_on_sigterm(hosts: int, tmp_path: Path) -> None:
     run = Run(tmp_path)
