@@ -72,6 +72,14 @@ def test_nothing_is_compiled_unless_asked(section: CompileConfig) -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_model_may_have_a_backend_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = set()
+    monkeypatch.setattr(torch, "compile", lambda method, *, backend, **_: backends.add(backend) or method)
+    section = CompileConfig(enable=True, backend="inductor", model_backend_override="aot_eager")
+    apply_compile(Transformer(ARGS), plan=build_plan(ARGS), section=section)
+    assert backends == {"aot_eager"}
+
+
 class _Shifting(torch.nn.Module):
     shift = 0
 
