@@ -446,7 +446,14 @@ class Trainer(AbstractContextManager):
         hugging_face = build_hugging_face(
             section, model=self.config.model, args=self.model_args, folder=folder, tokenizer=self.tokenizer
         )
-        return CheckpointManager(states, section=section, folder=folder, settings=settings, hugging_face=hugging_face)
+        return CheckpointManager(
+            states,
+            section=section,
+            folder=folder,
+            settings=settings,
+            hugging_face=hugging_face,
+            is_restart=self.launch.is_restart,
+        )
 
     def _build_metrics(self) -> MetricsLogger:
         config, seq_len = self.config, self.config.training.seq_len

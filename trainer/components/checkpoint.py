@@ -49,6 +49,8 @@ class CheckpointManager:
     settings: all settings of the run by dotted key, as JSON holds them (`config.changes.describe_settings`). They are kept
         in each checkpoint, and compared with those in the one that the run goes on from.
     hugging_face: what loads and saves Hugging Face files, where the settings ask for that.
+    is_restart: whether a launcher has started the run again by itself. `load_step` and `exclude_from_loading` are then for a run that
+        has not yet saved a checkpoint; one that has goes on from it.
     timeout_seconds: longest that ranks wait for each other: the time that writing or reading a checkpoint may take.
 
     Constructing, loading and saving are collective: every rank does them, in the same order.
@@ -62,6 +64,7 @@ class CheckpointManager:
         folder: Path,
         settings: Mapping[str, Any] | None = None,
         hugging_face: HuggingFaceFiles | None = None,
+        is_restart: bool = False,
         timeout_seconds: float = 1800.0,
     ) -> None:
         """Raises ValueError if `exclude_from_loading` names a state that there is not, or another run uses the folder."""
@@ -86,6 +89,7 @@ class CheckpointManager:
             remote=self._remote,
             ranks=self._ranks,
             settings=self._settings,
+            is_restart=is_restart,
         )
         # The writing thread has a group of its own: collectives of two threads on one group would mix.
         in_background = section.async_mode != "disabled" or self._remote is not None
@@ -120,14 +124,14 @@ class CheckpointManager:
             RuntimeError: reading failed.
         """
         self.wait()
-        resumed_at = self._reader.load(step if step >= 0 else self._section.load_step)
+        resumed_at = self._reader.load(step)
         if resumed_at is None and self._section.initial_load_in_hf:
             assert self._hugging_face is not None, "checkpoint.initial_load_in_hf needs hugging_face"
             self._hugging_face.load(self._states[MODEL], self._ranks)
             resumed_at = 0
         if self._section.async_mode == "async_with_pinned_mem" and self.saves and self._pinned_stager is None:
             self._pin_memory()
-        self._saved_step = resumed_at or -1
+        self._saved_step = self._whole_step = resumed_at or -1
         return resumed_at
 
     def load_newest(self) -> bool:

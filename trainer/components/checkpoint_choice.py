@@ -48,7 +48,9 @@ class Source:
 class CheckpointChooser:
     """Chooses among the checkpoints of a folder, of its copy in a store, and the one that `initial_load_path` names.
 
-    names: the states of the run, in the order of loading.
+    names: the states of the run, in the order of loading. is_restart: whether a launcher has started the run again by itself. What
+    `load_step` and `exclude_from_loading` ask for is then done already, once the run has saved a checkpoint: to do it again after
+    each restart would train the same steps, or the same data, for ever.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class CheckpointChooser:
         folder: Path,
         remote: RemoteFolder | None,
         world_size: int,
+        is_restart: bool = False,
     ) -> None:
         self._names = names
         self._section = section
+        self._is_restart = is_restart
         self._folder = folder
         self._remote = remote
         self._remote_steps: list[int] | None = None
@@ -71,7 +75,7 @@ class CheckpointChooser:
     def choose(self, step: int, damaged: Mapping[str, str]) -> Source | None:
         """Return what to read, None if there is nothing.
 
-        step: the one that is asked for, -1 for the newest. damaged: places found to be damaged, with the reason.
+        step: the one that is asked for, -1 for what the settings say. damaged: places found to be damaged, with the reason.
 
         Raises:
             ValueError: what is asked for is not there, or does not suit, or nothing in the folder does.
@@ -79,6 +83,8 @@ class CheckpointChooser:
         section = self._section
         if not damaged:
             self._remote_steps = None  # there may be more by now
+        if section.enable and step < 0 <= section.load_step:
+            step = self._find_continuation(section.load_step)
         if section.enable and step >= 0:
             return self._choose_step(step)
         source = self._choose_newest(damaged) if section.enable else None
@@ -103,6 +109,22 @@ class CheckpointChooser:
                 "move them away, or give this run a folder of its own.", self._folder, ", ".join(newer),
             )  # fmt: skip
         return self._describe(step, remote=None if step in local else self._remote)
+
+    def _find_continuation(self, load_step: int) -> int:
+        """Return the step to load where `load_step` is asked for: after a restart the last that this run has saved since."""
+        if not self._is_restart:
+            return load_step
+        key = "checkpoint.load_step"
+        paths = {step: files.step_path(self._folder, step) for step in files.list_steps_by_age(self._folder)}
+        own = [
+            step
+            for step, path in paths.items()
+            if step > load_step and files.read_manifest(path).get("config", {}).get(key) == load_step
+        ]
+        if not own:
+            return load_step
+        logger.warning("The run was started again by itself: it goes on from step-%d, which it saved since %s = %d.", own[-1], key, load_step)  # fmt: skip
+        return own[-1]
 
     def _choose_newest(self, damaged: Mapping[str, str]) -> Source | None:
         """Return the newest checkpoint that has all states of the run, None if there is no checkpoint at all."""
@@ -159,21 +181,25 @@ class CheckpointChooser:
         if remote is None:
             if not files.is_whole(path):
                 raise ValueError(f"{path} is not a whole checkpoint of this program")
-            return self._make_source(path, step, files.read_manifest(path), replaceable=replaceable)
+            return self._make_source(path, step, files.read_manifest(path), is_own=True, replaceable=replaceable)
         checkpoint = remote.at(step)
         manifest = checkpoint.read_manifest()
         copied = (files.MANIFEST_NAME, *files.get_file_sums(manifest, checkpoint.url))
         copy = {"url": checkpoint.url, "copied": copied, "is_temporary": self._section.load_only}
         path = self._folder / f".step-{step}.{_make_name()}.fetched"
-        return self._make_source(path, step, manifest, replaceable=replaceable, **copy)
+        return self._make_source(path, step, manifest, is_own=True, replaceable=replaceable, **copy)
 
-    def _make_source(self, path: Path, step: int, manifest: dict[str, Any], **further: Any) -> Source:
+    def _make_source(
+        self, path: Path, step: int, manifest: dict[str, Any], *, is_own: bool = False, **further: Any
+    ) -> Source:
+        """is_own: whether it is in the run's folder, and not what `initial_load_path` names."""
         place = further.get("url") or str(path)
         sums = files.get_file_sums(manifest, place)
         held = {*manifest.get("tensors", ()), *manifest.get("plain", ())}
         if step == 0 and held == {MODEL}:
             return Source(path, 0, (MODEL,), sums, **further)  # a seed: weights to begin from
-        wanted = [name for name in self._names if name not in self._section.exclude_from_loading]
+        excluded = self._list_excluded(manifest, place) if is_own else self._section.exclude_from_loading
+        wanted = [name for name in self._names if name not in excluded]
         lacking = [name for name in wanted if name not in held]
         if lacking:
             raise ValueError(
@@ -189,6 +215,25 @@ class CheckpointChooser:
             wanted.remove(RNG)
         return Source(path, step, tuple(wanted), sums, manifest.get("config", {}), **further)
 
+    def _list_excluded(self, manifest: Mapping[str, Any], place: str) -> list[str]:
+        """Return the parts not to load of a checkpoint of this run's folder."""
+        key = "checkpoint.exclude_from_loading"
+        excluded = self._section.exclude_from_loading
+        begun = manifest.get("config", {}).get(key) or []
+        again = [name for name in excluded if name in begun]
+        if not again:
+            return excluded
+        if self._is_restart:
+            self._tell_once(
+                f"The run was started again by itself: {', '.join(again)} of {place}, begun afresh before that was saved, will be loaded."
+            )
+            return [name for name in excluded if name not in begun]
+        self._tell_once(
+            f"{key} = {excluded}: {place} was saved by a run with the same, which had begun these parts afresh. They are begun afresh "
+            "again: leave the setting out if that is not meant."
+        )
+        return excluded
+
     def _list_remote_steps(self) -> list[int]:
         if self._remote_steps is None:
             self._remote_steps = self._remote.list_steps() if self._remote is not None else []
@@ -196,6 +241,11 @@ class CheckpointChooser:
 
     def _name_remote(self) -> str:
         return f" or {self._remote.url}" if self._remote is not None else ""
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)
 
     def _tell_passed_over(self, error: ValueError) -> None:
         if str(error) in self._told:

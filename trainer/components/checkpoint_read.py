@@ -42,6 +42,7 @@ class CheckpointReader:
         remote: RemoteFolder | None,
         ranks: Ranks,
         settings: Mapping[str, Any],
+        is_restart: bool = False,
     ) -> None:
         """Raises ValueError if `exclude_from_loading` names a state that there is not. settings: of the run, by dotted key."""
         self._settings = settings
@@ -50,7 +51,12 @@ class CheckpointReader:
         self._folder = folder
         self._ranks = ranks
         self._chooser = CheckpointChooser(
-            states, section=section, folder=folder, remote=remote, world_size=ranks.world_size
+            states,
+            section=section,
+            folder=folder,
+            remote=remote,
+            world_size=ranks.world_size,
+            is_restart=is_restart,
         )
         for name in section.exclude_from_loading:
             if name not in states:
@@ -60,7 +66,7 @@ class CheckpointReader:
                 )
 
     def load(self, step: int) -> int | None:
-        """Load as `CheckpointManager.load` says; step -1 takes the newest. Collective."""
+        """Load as `CheckpointManager.load` says; step -1 takes what the settings say. Collective."""
         started = time.perf_counter()
         source = self._choose_undamaged(step)
         if source is None:

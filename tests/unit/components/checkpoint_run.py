@@ -41,6 +41,7 @@ class Run:
         width: int = 4,
         seed: int = 0,
         settings: dict | None = None,
+        is_restart: bool = False,
         **optimizer,
     ):
         torch.manual_seed(seed)
@@ -56,7 +57,9 @@ class Run:
             "lr_scheduler": self.lr_scheduler,
             "train_state": self.counters,
         }
-        self.manager = CheckpointManager(states, section=section, folder=folder, settings=settings)
+        self.manager = CheckpointManager(
+            states, section=section, folder=folder, settings=settings, is_restart=is_restart
+        )
 
     def step(self, count: int = 1, save: bool = True) -> list[float]:
         losses = []
