@@ -103,6 +103,8 @@ class CheckpointManager:
         self._failed_in_a_row = 0
         # Of the newest checkpoint of this process, loaded or saved, be it in the background.
         self._saved_step = -1
+        # Of the newest that is whole: where to go back to when the one after it fails.
+        self._whole_step = -1
         if self.saves:
             self._ranks.together(f"take the folder {self._folder}", self._on_rank_0(self._take_folder))
 
@@ -251,7 +253,7 @@ class CheckpointManager:
     def _count_failure(self, error: RuntimeError, last: bool = False) -> None:
         """Let training go on after a failed save, unless there were too many. All ranks count alike."""
         self._failed_in_a_row += 1
-        self._saved_step = -1
+        self._saved_step = self._whole_step
         allowed = self._section.max_failed_saves
         if last or self._failed_in_a_row > allowed:
             raise RuntimeError(
@@ -284,6 +286,7 @@ class CheckpointManager:
             save.stall_seconds += time.perf_counter() - save.started
             return
         names = self._writer.write(save, tensors, self._ranks)
+        self._whole_step = step
         if self._remote is not None:
             self._go_on(save, lambda: self._upload(save, names))
         else:
@@ -358,6 +361,7 @@ class CheckpointManager:
                 logger.info("Waiting for the checkpoint of step %d, which is still being written.", save.step)
             save.finished.result()
             self._failed_in_a_row = 0
+            self._whole_step = save.step
 
     def _get_pinned_stager(self) -> DefaultStager:
         """Return what copies tensors to memory that stays pinned."""

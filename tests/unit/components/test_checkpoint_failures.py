@@ -73,6 +73,17 @@ def test_too_many_failing_saves_in_a_row_stop_the_run(tmp_path, full_disk, mode,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_run_can_still_roll_back_after_a_save_that_failed(tmp_path, full_disk, mode):
+    run = Run(tmp_path, replace(SECTION, async_mode=mode))
+    run.step(2)
+    run.manager.wait()
+    with full_disk():
+        run.step(3)
+        assert run.manager.load_newest()
+    assert run.counters.values["step"] == 2
+
+
 def test_last_save_that_fails_is_an_error(tmp_path, full_disk):
     run = Run(tmp_path)
     with full_disk(), pytest.raises(RuntimeError, match=r"No space left on device\. It was the last one of the run"):
