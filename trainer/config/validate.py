@@ -148,6 +148,26 @@ def _check_data(config: JobConfig) -> Iterator[Problem]:
         yield Problem(message, ("data.sources",))
 
 
+def _check_streaming(config: JobConfig) -> Iterator[Problem]:
+    """What takes all documents, or an index of them, where they are read one after the other."""
+    data, key = config.data, "data.streaming"
+    if not data.streaming:
+        return
+    remedy = f"Set {key} = false to have the data prepared"
+    if data.packing != "concat":
+        message = f"data.packing = {data.packing}: looks at all documents first, which {key} = true cannot. {remedy}, or use concat."
+        yield Problem(message, ("data.packing", key))
+    if len(data.sources) > 1:
+        yield Problem(f"data.sources: {len(data.sources)} sources, and {key} = true reads one. {remedy}, or leave one.", ("data.sources", key))  # fmt: skip
+    name_key = "data.sources" if data.sources else "training.dataset"
+    names = [source.dataset for source in data.sources] or [config.training.dataset]
+    if names == ["prepared"]:
+        message = (
+            f"{name_key}: prepared token files need no streaming, and {key} = true cannot read them. Set {key} = false."
+        )
+        yield Problem(message, (name_key, key))
+
+
 def _check_checkpoint(config: JobConfig) -> Iterator[Problem]:
     section = config.checkpoint
     if not section.enable:
@@ -314,6 +334,7 @@ _RULES: tuple[Rule, ...] = (
     _check_profiling,
     _check_metrics,
     _check_data,
+    _check_streaming,
     _check_checkpoint,
     _check_rollback,
     _check_read_timeout,

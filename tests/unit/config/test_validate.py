@@ -126,6 +126,12 @@ def test_world_size_rule_is_met(argv, world_size):
             ["--data.streaming", "--data.read_timeout_seconds=100"],
             ["data.read_timeout_seconds = 100", "below comm.train_timeout_seconds = 100"],
         ),
+        (["--data.streaming", "--data.packing=best_fit"], ["data.packing = best_fit", "data.streaming = false"]),
+        (["--data.streaming", "--training.dataset=prepared"], ["prepared token files", "data.streaming = false"]),
+        (
+            ["--data.streaming", "--data.sources", '[{dataset = "c4"}, {dataset = "text"}]'],
+            ["2 sources", "data.streaming = true reads one"],
+        ),
         (["--checkpoint.load_step=3"], ["checkpoint.load_step = 3", "checkpoint.enable = true"]),
         (["--checkpoint.load_only"], ["checkpoint.load_only = true", "checkpoint.enable = true"]),
         (["--checkpoint.create_seed_checkpoint"], ["checkpoint.enable = true"]),
