@@ -186,6 +186,8 @@ class Trainer(AbstractContextManager):
         while self.state.step < steps and not stops:
             try:
                 self._take_step()
+                if self.stopper.reason:
+                    self._settle_nonfinite()  # here, where it may ask to roll back
             except RollBackError as error:
                 self._roll_back(error)
             stops = bool(self.stopper.reason)

@@ -6,7 +6,8 @@ from unittest.mock import MagicMock
 import pytest
 
 from trainer.components.data.mixture import SourceProgress, measure_sources
-from trainer.components.nonfinite import NonFiniteError
+from trainer.components.nonfinite import NonFiniteError, RollBackError
+from trainer.components.train_state import TrainState
 from trainer.config.schema import JobConfig
 from trainer.trainer import Trainer
 
@@ -41,6 +42,18 @@ def test_save_in_the_background_is_finished_when_all_ranks_stop_alike(
     trainer.__exit__(kind)
     assert trainer.checkpointer.close.called == waits
     trainer.metrics.close.assert_called_once()
+
+
+def test_rollback_that_falls_due_when_the_run_stops_is_done_and_the_run_ends_in_good_order(trainer: Trainer) -> None:
+    trainer.launch = SimpleNamespace(is_restart=False)
+    trainer.state = TrainState(step=7)
+    trainer.stopper = SimpleNamespace(reason="SIGTERM", agree=lambda: False)
+    trainer.nonfinite.settle.side_effect = [RollBackError("a bad step"), False, False]
+    for part in ("_take_step", "_roll_back"):
+        setattr(trainer, part, MagicMock(name=part))
+    trainer._take_steps()
+    trainer._roll_back.assert_called_once()
+    trainer.checkpointer.save_now.assert_called_once_with(7)
 
 
 def test_tokens_and_epochs_of_each_source_are_named() -> None:
