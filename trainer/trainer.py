@@ -39,7 +39,7 @@ from trainer.components.stragglers import Stragglers
 from trainer.components.tokenizer import build_tokenizer
 from trainer.components.train_state import TrainState
 from trainer.components.validation import Validator
-from trainer.config.changes import describe_settings
+from trainer.config.changes import describe_sections, describe_settings
 from trainer.config.schema import JobConfig
 from trainer.distributed.compile import compiles_model
 from trainer.distributed.grad_norm import clip_grad_norm
@@ -383,9 +383,7 @@ class Trainer(AbstractContextManager):
 
     def _check_same_on_all_ranks(self) -> None:
         """Check what each rank found out for itself, from files that hosts may have of their own."""
-        values = {
-            f"[{name}]": repr(getattr(self.config, name)) for name in ("optimizer", "lr_scheduler", "parallelism")
-        }
+        values = describe_sections(self.config)
         schedule_file = self.config.parallelism.pipeline_parallel_schedule_csv
         if self.dims.pp > 1 and schedule_file:
             values[f"the pipeline schedule in {schedule_file}"] = Path(schedule_file).read_text(encoding="utf-8")

@@ -45,6 +45,12 @@ MODEL_ARGS = "model_args."
 """Prefix of the sizes of the network, which are kept beside the settings: the table of flavors may change."""
 _DERIVED_ARGS = ("max_seq_len", "attn_mask_type")
 
+OF_A_HOST = (
+    "job.*", "profiling.*", "*_path", "data.sources", "data.cache_dir", "data.prepare_workers", "checkpoint.folder", "comm.save_traces_*",
+    "metrics.enable_*", "metrics.save_*", "metrics.disable_*", "metrics.progress_bar", "training.gc_debug",
+)  # fmt: skip
+"""Globs of what may differ from host to host in one run: places, and what is shown. (The data are compared by their fingerprint.)"""
+
 # A part that is not loaded begins afresh: what was set for it before means nothing then.
 _KEYS_OF_PART = {
     "optimizer": ("optimizer.*",),
@@ -79,6 +85,17 @@ def describe_settings(config: JobConfig, model_args: Any, *, global_batch_size: 
         args = {name: value for name, value in dataclasses.asdict(model_args).items() if name not in _DERIVED_ARGS}
         settings |= {MODEL_ARGS + name: _to_plain(value) for name, value in args.items()}
     return settings
+
+
+def describe_sections(config: JobConfig) -> dict[str, str]:
+    """Return what all ranks of a run must have alike, as text, by `[section]`: one that clips or decays in another way than the others
+    would spoil the weights in silence, one that logs or validates at other steps would leave them waiting.
+    """
+    sections: dict[str, list[str]] = {}
+    for key in get_leaves():
+        if not _matches(key, OF_A_HOST):
+            sections.setdefault(f"[{key.partition('.')[0]}]", []).append(f"{key} = {get_value(config, key)!r}")
+    return {name: "\n".join(lines) for name, lines in sections.items()}
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

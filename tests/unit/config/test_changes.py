@@ -11,8 +11,10 @@ from models.llama3.args import LlamaArgs
 from trainer.config.changes import (
     CHECKED_ELSEWHERE,
     HARMLESS,
+    OF_A_HOST,
     RESULT,
     ROUNDING,
+    describe_sections,
     describe_settings,
     find_changes,
     find_refused,
@@ -41,7 +43,7 @@ def test_settings_are_all_there_and_json_gives_them_back():
     assert describe_settings(JobConfig(), object(), global_batch_size=8).keys() == get_leaves().keys()
 
 
-@pytest.mark.parametrize("glob", [*HARMLESS, *ROUNDING, *CHECKED_ELSEWHERE])
+@pytest.mark.parametrize("glob", [*HARMLESS, *ROUNDING, *CHECKED_ELSEWHERE, *OF_A_HOST])
 def test_each_glob_matches_a_setting(glob):
     assert fnmatch.filter(get_leaves(), glob)
 
@@ -91,6 +93,23 @@ def test_change_of_the_result_is_refused_unless_it_is_said_to_be_meant(key, valu
     for allowed in (key, key.split(".")[0] + ".*", "*"):
         assert find_refused(changes, allowed=[allowed], excluded=[]) == []
     assert find_refused(changes, allowed=["optimizer.beta*"], excluded=[]) == changes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sections"),
+    [
+        ("training.max_norm", 0.5, {"[training]"}),
+        ("training.steps", 7, {"[training]"}),
+        ("metrics.log_freq", 7, {"[metrics]"}),
+        ("optimizer.muon.lr", 0.1, {"[optimizer]"}),
+        ("job.dump_folder", "/elsewhere", set()),
+        ("checkpoint.initial_load_path", "/elsewhere", set()),
+        ("data.cache_dir", "/elsewhere", set()),
+    ],
+)
+def test_ranks_must_have_all_alike_but_places(key, value, sections):
+    before, now = (describe_sections(build_config(values)) for values in ({}, {key: value}))
+    assert {name for name in before if before[name] != now[name]} == sections
 
 
 def test_batch_is_compared_by_all_its_sequences():
