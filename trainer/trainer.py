@@ -198,13 +198,13 @@ class Trainer(AbstractContextManager):
     def _take_step(self) -> None:
         """Take a step, or pass over one whose batch is known to be bad, and do what is due after it."""
         if self.nonfinite.passes_over(self.dataloader.sequences):
+            self._first_step += self.state.step == self._first_step  # the first one that trains is still to come
             self._pass_over_step()
         else:
             self.train_step()
         if self.state.step == self._first_step + 1:
-            # From here on no collective waits for compilation, whatever the step that the run began at.
-            set_timeouts(self.dims, self.config.comm.train_timeout_seconds)
-            self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
+            # From here on no collective waits for compilation (but in the first validation), whatever the step that the run began at.
+            self._set_timeouts(self.config.comm.train_timeout_seconds)
             self.stopper.agree()
         self._after_step()
 
@@ -334,11 +334,23 @@ class Trainer(AbstractContextManager):
             self.stopper.note_save(report.seconds)
         self.metrics.report_saves(self.state.step, reports)
 
+    def _set_timeouts(self, seconds: float) -> None:
+        """Say how long a collective may take from now on. Collective."""
+        set_timeouts(self.dims, seconds)
+        self.watchdog.set_timeout(seconds)
+
     def _validate(self, validator: Validator) -> None:
+        is_first = not validator.has_run
+        if (
+            is_first
+        ):  # it compiles graphs of its own: stages of a pipeline one after the other, and the last waits for all
+            self._set_timeouts(self.config.comm.init_timeout_seconds)
         with self.metrics.pause():
             result = validator.run()
             self.passes.reshard()
             self.stopper.agree()
+        if is_first:
+            self._set_timeouts(self.config.comm.train_timeout_seconds)
         if result is not None:
             loss, seconds = result
             self.metrics.event("validation", self.state.step, loss=loss, seconds=seconds)
@@ -447,13 +459,8 @@ class Trainer(AbstractContextManager):
             section, model=self.config.model, args=self.model_args, folder=folder, tokenizer=self.tokenizer
         )
         return CheckpointManager(
-            states,
-            section=section,
-            folder=folder,
-            settings=settings,
-            hugging_face=hugging_face,
-            is_restart=self.launch.is_restart,
-        )
+            states, section=section, folder=folder, settings=settings, hugging_face=hugging_face, is_restart=self.launch.is_restart
+        )  # fmt: skip
 
     def _build_metrics(self) -> MetricsLogger:
         config, seq_len = self.config, self.config.training.seq_len

@@ -36,6 +36,8 @@ class Validator:
         self.sum_over_ranks = sum_over_ranks
         self.freq = freq
         self.should_stop = should_stop
+        self.has_run = False
+        """Whether a validation has begun."""
 
     def should_run(self, step: int, *, last: bool) -> bool:
         """Whether a validation is due after this step."""
@@ -49,6 +51,7 @@ class Validator:
             RuntimeError: the validation data has not one valid label.
         """
         began = time.perf_counter()
+        self.has_run = True
         self.model.eval()
         totals: Tensor | None = None
         try:

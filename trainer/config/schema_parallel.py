@@ -115,7 +115,7 @@ class CommConfig:
     """Process groups and what is recorded about them."""
 
     init_timeout_seconds: int = 300
-    """Time that a collective may take until the first steps are done: compilation and set-up included."""
+    """Time that a collective may take until the first steps are done, and in the first validation: compilation and set-up included."""
     train_timeout_seconds: int = 100
     """Time that a collective may take after that."""
     heartbeat_seconds: int = 5
