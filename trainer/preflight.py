@@ -14,9 +14,10 @@ from trainer.components.hf_files import find_weights
 from trainer.components.tokenizer import build_tokenizer
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.fields import get_value, suggest
-from trainer.config.manager import DEFAULT, LoadedConfig
+from trainer.config.manager import COMMAND_LINE, DEFAULT, LoadedConfig
 from trainer.config.schema import JobConfig
 from trainer.config.schema_training import TrainingConfig, ValidationConfig
+from trainer.config.switches import find_switched_off
 from trainer.config.validate import find_problems
 from trainer.preflight_parallel import Model, find_parallel_model_problems
 
@@ -54,7 +55,10 @@ def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = 
     report = [*loaded.problems, *(_add_origins(problem, loaded.origins) for problem in problems)]
     if log_warnings:
         of_data = find_preflight_warnings(loaded.config) if needs_files else ()
-        for warning in [*loaded.warnings, *warnings, *of_data]:
+        told = {key for found in (*problems, *warnings) for key in found.keys}
+        typed = [key for key, origin in loaded.origins.items() if origin == COMMAND_LINE and key not in told]
+        in_vain = find_switched_off(loaded.config, typed)
+        for warning in [*loaded.warnings, *warnings, *in_vain, *of_data]:
             logger.warning("%s", _add_origins(warning, loaded.origins))
     if report:
         raise ConfigError(report)
