@@ -302,6 +302,13 @@ def _build_muon(parameters: list[TrainedParameter], section: OptimizerConfig) ->
             "optimizer.name = Muon, but this part of the model has no hidden matrix: AdamW trains all of it.",
             extra={"same_on_all_ranks": True},
         )
+    stacks = [p for p in rest if p.parameter.ndim > 2]
+    if stacks:
+        logger.warning(
+            "optimizer.name = Muon: %s parameters in stacks of matrices, such as %s, are trained by AdamW, with optimizer.lr = %g: "
+            "Muon knows single matrices.", f"{sum(p.parameter.numel() for p in stacks):,}", stacks[0].name, section.lr,
+            extra={"same_on_all_ranks": True},
+        )  # fmt: skip
     if rest:
         optimizers.append(_build_adam(torch.optim.AdamW, rest, section))
     return optimizers

@@ -51,6 +51,17 @@ def train(model: nn.Module, optimizers, steps: int, first_seed: int = 0) -> None
         optimizers.zero_grad()
 
 
+def test_muon_says_what_it_leaves_to_adamw_of_a_mixture(caplog):
+    model = make_model()
+    model.experts = nn.Parameter(torch.zeros(3, 6, 4))
+    build_optimizer(model, section=OptimizerConfig(name="Muon", lr=3e-4))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        "72 parameters in stacks of matrices, such as experts, are trained by AdamW, with optimizer.lr = 0.0003"
+        in warning
+    )
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["AdamW", "Adam"])
 def test_adam_takes_the_steps_of_torch(name, implementation):
