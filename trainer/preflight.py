@@ -57,7 +57,7 @@ def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = 
         of_data = find_preflight_warnings(loaded.config) if needs_files else ()
         told = {key for found in (*problems, *warnings) for key in found.keys}
         typed = [key for key, origin in loaded.origins.items() if origin == COMMAND_LINE and key not in told]
-        in_vain = find_switched_off(loaded.config, typed)
+        in_vain = [*find_switched_off(loaded.config, typed), *find_model_warnings(loaded.config)]
         for warning in [*loaded.warnings, *warnings, *in_vain, *of_data]:
             logger.warning("%s", _add_origins(warning, loaded.origins))
     if report:
@@ -269,6 +269,17 @@ def find_preflight_warnings(config: JobConfig) -> Iterator[Problem]:
                 "done before. Set data.streaming = true to begin at once."
             )
             yield Problem(message, (*data_set.keys, "data.streaming"))
+
+
+def find_model_warnings(config: JobConfig) -> Iterator[Problem]:
+    """Changes of a flavor that nothing in its network heeds."""
+    args, _ = _find_args(config)
+    needs = {"mtp_weight": "mtp_depth", "bias_update": "uses_expert_bias", "bias_update_speed": "uses_expert_bias"}
+    for name, value in config.model.get_changes().items():
+        needed = needs.get(name)
+        if args is not None and needed is not None and not getattr(args, needed):
+            message = f"model.{name} = {value} has no effect: model.flavor = {config.model.flavor} has {needed} = {getattr(args, needed)}."
+            yield Problem(message, (f"model.{name}", "model.flavor"))
 
 
 def _check_stores(config: JobConfig) -> Iterator[Problem]:

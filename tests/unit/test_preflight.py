@@ -181,6 +181,25 @@ def test_warnings_are_logged_with_origins(caplog):
     assert all("[command line]" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(
+    ("flavor", "change", "expected"),
+    [
+        (
+            "debugmodel",
+            "mtp_weight=0.1",
+            "model.mtp_weight = 0.1 has no effect: model.flavor = debugmodel has mtp_depth = 0",
+        ),
+        ("236B", "bias_update_speed=0.1", "has no effect: model.flavor = 236B has uses_expert_bias = False"),
+        ("debugmodel", "bias_update_speed=0.1", None),
+    ],
+)
+def test_change_of_a_flavor_that_nothing_heeds_is_told(caplog, flavor, change, expected):
+    argv = ["--model.name=deepseek_v3", f"--model.flavor={flavor}", f"--model.{change}"]
+    with caplog.at_level(logging.WARNING, logger="trainer.preflight"):
+        check(load_config(argv), None)
+    assert [expected in record.getMessage() for record in caplog.records] == ([True] if expected else [])
+
+
 def test_warnings_are_not_logged_where_another_process_does(caplog):
     with caplog.at_level(logging.WARNING, logger="trainer.preflight"):
         check(load_config(["--training.dataloader.persistent_workers"]), None, log_warnings=False)

@@ -302,6 +302,7 @@ def _warn_misleading(config: JobConfig) -> Iterator[Problem]:
     if config.debug.deterministic_warn_only and not config.debug.deterministic:
         message = "debug.deterministic_warn_only = true has no effect without debug.deterministic = true."
         yield Problem(message, ("debug.deterministic_warn_only", "debug.deterministic"))
+    yield from _warn_of_default_validation(config)
     training, parallelism = config.training, config.parallelism
     accumulates = training.global_batch_size != -1 or (
         parallelism.pipeline_parallel_degree > 1
@@ -324,6 +325,18 @@ def _warn_misleading(config: JobConfig) -> Iterator[Problem]:
     if budget.visualize_memory_budget_pareto and budget.mode != "memory_budget":
         key = "activation_checkpoint.visualize_memory_budget_pareto"
         yield Problem(f"{key} = true has no effect without mode = memory_budget.", (key, "activation_checkpoint.mode"))
+
+
+def _warn_of_default_validation(config: JobConfig) -> Iterator[Problem]:
+    """Held-out data of a kind that the run is not trained on, because nobody named any."""
+    key, name = "validation.dataset", config.validation.dataset
+    trained = [source.dataset for source in config.data.sources] or [config.training.dataset]
+    if config.validation.enable and name == get_leaves()[key].default and "stdlib" not in trained:
+        message = (
+            f"{key} = {name}: the default, Python source, is no held-out part of what the run is trained on ({', '.join(trained)}). "
+            f"Name such a part as {key}."
+        )
+        yield Problem(message, (key,))
 
 
 Rule = Callable[[JobConfig], Iterator[Problem]]

@@ -271,6 +271,7 @@ def test_setting_without_effect_is_warned_about_once(key):
         (["--lr_scheduler.total_steps=10", "--training.steps=20"], "stays at its end value"),
         (["--checkpoint.enable", "--checkpoint.last_save_model_only"], "cannot be prolonged"),
         (["--debug.deterministic_warn_only"], "has no effect"),
+        (["--validation.enable", "--training.dataset=c4"], "no held-out part of what the run is trained on (c4)"),
         (["--activation_checkpoint.visualize_memory_budget_pareto"], "has no effect"),
         (["--data.sources", '[{dataset = "c4"}]', "--training.dataset_path=x"], "has no effect"),
     ],
