@@ -341,9 +341,8 @@ class Trainer(AbstractContextManager):
 
     def _validate(self, validator: Validator) -> None:
         is_first = not validator.has_run
-        if (
-            is_first
-        ):  # it compiles graphs of its own: stages of a pipeline one after the other, and the last waits for all
+        if is_first:
+            # It compiles graphs of its own: stages of a pipeline one after the other, and the last waits for all.
             self._set_timeouts(self.config.comm.init_timeout_seconds)
         with self.metrics.pause():
             result = validator.run()

@@ -105,6 +105,8 @@ class CheckpointManager:
         self._saved_step = -1
         # Of the newest that is whole: where to go back to when the one after it fails.
         self._whole_step = -1
+        # Not to a checkpoint that lacks parts as this run has begun them.
+        self._can_go_back = True
         if self.saves:
             self._ranks.together(f"take the folder {self._folder}", self._on_rank_0(self._take_folder))
 
@@ -134,17 +136,20 @@ class CheckpointManager:
         if self._section.async_mode == "async_with_pinned_mem" and self.saves and self._pinned_stager is None:
             self._pin_memory()
         self._saved_step = self._whole_step = resumed_at or -1
+        self._can_go_back = step >= 0 or not self._section.exclude_from_loading
         return resumed_at
 
     def load_newest(self) -> bool:
         """Go back to the newest checkpoint that this process saved or began from; return whether there is one. Collective.
+
+        All parts are loaded, those of `exclude_from_loading` as well. One that it began from without these does not count.
 
         Raises:
             ValueError: it is gone or damaged.
             RuntimeError: reading failed.
         """
         self.wait()
-        return self._saved_step > 0 and self.load(self._saved_step) is not None
+        return self._saved_step > 0 and self._can_go_back and self.load(self._saved_step) is not None
 
     def should_save(self, step: int, last: bool = False) -> bool:
         """Return whether a checkpoint is due after optimizer step `step`, counted from 1. last: the run ends here."""
@@ -286,7 +291,7 @@ class CheckpointManager:
             save.stall_seconds += time.perf_counter() - save.started
             return
         names = self._writer.write(save, tensors, self._ranks)
-        self._whole_step = step
+        self._whole_step, self._can_go_back = step, True
         if self._remote is not None:
             self._go_on(save, lambda: self._upload(save, names))
         else:
@@ -361,7 +366,7 @@ class CheckpointManager:
                 logger.info("Waiting for the checkpoint of step %d, which is still being written.", save.step)
             save.finished.result()
             self._failed_in_a_row = 0
-            self._whole_step = save.step
+            self._whole_step, self._can_go_back = save.step, True
 
     def _get_pinned_stager(self) -> DefaultStager:
         """Return what copies tensors to memory that stays pinned."""

@@ -66,6 +66,7 @@ class CheckpointChooser:
         self._names = names
         self._section = section
         self._is_restart = is_restart
+        self._goes_back = False
         self._folder = folder
         self._remote = remote
         self._remote_steps: list[int] | None = None
@@ -81,6 +82,8 @@ class CheckpointChooser:
             ValueError: what is asked for is not there, or does not suit, or nothing in the folder does.
         """
         section = self._section
+        # To what this process has saved itself.
+        self._goes_back = step >= 0
         if not damaged:
             self._remote_steps = None  # there may be more by now
         if section.enable and step < 0 <= section.load_step:
@@ -223,6 +226,8 @@ class CheckpointChooser:
         again = [name for name in excluded if name in begun]
         if not again:
             return excluded
+        if self._goes_back:
+            return [name for name in excluded if name not in begun]
         if self._is_restart:
             self._tell_once(
                 f"The run was started again by itself: {', '.join(again)} of {place}, begun afresh before that was saved, will be loaded."

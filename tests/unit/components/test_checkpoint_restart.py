@@ -36,3 +36,16 @@ def test_part_is_begun_afresh_once_and_not_at_each_restart(tmp_path, caplog, is_
     assert later.manager.load() == 6
     assert later.lr_scheduler.state_dict() == {"steps_taken": 2 if is_restart else 0}
     assert ("will be loaded" if is_restart else "begun afresh again") in caplog.text
+
+
+def test_going_back_loads_all_parts(tmp_path):
+    begin(tmp_path, exclude_from_loading=[]).step(4)
+    run = begin(tmp_path, exclude_from_loading=["lr_scheduler"])
+    run.manager.load()
+    run.step(1)
+    assert not run.manager.load_newest(), "step-4 has not the schedule that this run has begun"
+    run.step(1)  # is saved
+    run.step(1)
+    assert run.manager.load_newest()
+    assert run.counters.values["step"] == 6
+    assert run.lr_scheduler.state_dict() == {"steps_taken": 2}
