@@ -277,7 +277,7 @@ def find_model_warnings(config: JobConfig) -> Iterator[Problem]:
     needs = {"mtp_weight": "mtp_depth", "bias_update": "uses_expert_bias", "bias_update_speed": "uses_expert_bias"}
     for name, value in config.model.get_changes().items():
         needed = needs.get(name)
-        if args is not None and needed is not None and not getattr(args, needed):
+        if args is not None and needed is not None and not getattr(args, needed, True):
             message = f"model.{name} = {value} has no effect: model.flavor = {config.model.flavor} has {needed} = {getattr(args, needed)}."
             yield Problem(message, (f"model.{name}", "model.flavor"))
 
