@@ -256,9 +256,15 @@ def _check_data_sets(config: JobConfig) -> Iterator[Problem]:
 
 def find_preflight_warnings(config: JobConfig) -> Iterator[Problem]:
     """What will work, but may surprise."""
-    if config.data.streaming:
-        return
     for data_set in _list_data_sets(config):
+        remedy, key = "data.streaming = true to begin at once", "data.streaming"
+        if config.data.streaming:
+            if data_set.path_key != "validation.dataset_path" or config.validation.steps >= 0:
+                continue
+            remedy, key = (
+                "validation.steps to the batches of a validation, to have as many streamed",
+                "validation.steps",
+            )
         try:
             spec = get_source_spec(data_set.name)
         except ValueError:
@@ -266,9 +272,9 @@ def find_preflight_warnings(config: JobConfig) -> Iterator[Problem]:
         if spec.on_hub and not data_set.path:
             message = (
                 f"{data_set.where}: the whole data set is downloaded and tokenized before the first step, unless that was "
-                "done before. Set data.streaming = true to begin at once."
+                f"done before. Set {remedy}."
             )
-            yield Problem(message, (*data_set.keys, "data.streaming"))
+            yield Problem(message, (*data_set.keys, key))
 
 
 def find_model_warnings(config: JobConfig) -> Iterator[Problem]:

@@ -206,8 +206,21 @@ def test_warnings_are_not_logged_where_another_process_does(caplog):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize(("streaming", "expected"), [("false", 1), ("true", 0)])
-def test_download_of_a_whole_data_set_is_warned_about(caplog, streaming, expected):
+_VALIDATION = ("--validation.enable", "--validation.dataset=c4_validation")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], ["training.dataset"]),
+        (["--data.streaming"], []),
+        (["--data.streaming", *_VALIDATION], ["validation.dataset"]),
+        (["--data.streaming", *_VALIDATION, "--validation.steps=9"], []),
+        ([*_VALIDATION, "--validation.steps=9"], ["training.dataset", "validation.dataset"]),
+    ],
+)
+def test_download_of_a_whole_data_set_is_warned_about(caplog, argv, expected):
     with caplog.at_level(logging.WARNING, logger="trainer.preflight"):
-        assert problems_of("--training.dataset=c4", f"--data.streaming={streaming}") == []
-    assert len([r for r in caplog.records if "downloaded" in r.getMessage()]) == expected
+        assert problems_of("--training.dataset=c4", *argv) == []
+    told = [record.getMessage() for record in caplog.records if "downloaded" in record.getMessage()]
+    assert [message.split(" = ")[0] for message in told] == expected
