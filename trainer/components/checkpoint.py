@@ -31,6 +31,7 @@ from trainer.components.checkpoint_staging import PinnedStager, build_stager
 from trainer.components.checkpoint_state import MODEL, RNG, ModelState, RngState, is_plain, merge_plain
 from trainer.components.checkpoint_write import CheckpointWriter, Save, SaveReport, in_thread
 from trainer.components.hf_checkpoint import HuggingFaceFiles
+from trainer.components.optimizer import Optimizers
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -380,6 +381,9 @@ class CheckpointManager:
         copying: list[Future] = []
         self._ranks.together("begin to pin memory", lambda: copying.append(self._begin_copy(tensors)))
         self._ranks.together("pin memory", lambda: copying[0].result() and None)
+        for state in self._states.values():
+            if isinstance(state, Optimizers):
+                state.forget_guesses()
 
     def _free_pinned_memory(self) -> None:
         if self._pinned_stager is not None:

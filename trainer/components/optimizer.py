@@ -63,6 +63,7 @@ class Optimizers:
         """`names`: the name of each parameter that the optimizers train."""
         self.optimizers = list(optimizers)
         self._names = names
+        self._guessed: list[torch.optim.Optimizer] = []
         for group in self.param_groups:
             group.setdefault("initial_lr", group["lr"])
         trained = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -98,6 +99,7 @@ class Optimizers:
             if bool(skip):
                 return
             skip = None
+        self._guessed.clear()
         for optimizer in self.optimizers:
             if skip is None:
                 optimizer.step()
@@ -133,10 +135,21 @@ class Optimizers:
                     if value.shape != live.shape:
                         raise ValueError(f"optimizer state {name}.{key} has shape {value.shape}, not {live.shape}")
                     live.copy_(value)
+        self._guessed.clear()
+
+    def forget_guesses(self) -> None:
+        """Drop the state of optimizers of unknown kind that `state_dict` made before a step, where none was loaded in its place.
+
+        Its shapes are right, its values perhaps not: a step was taken for them, which NAdam, say, counts in a product of its own.
+        """
+        for optimizer in self._guessed:
+            optimizer.state.clear()
+        self._guessed.clear()
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for optimizer in self.optimizers:
-            _materialize_state(optimizer)
+            if _materialize_state(optimizer):
+                self._guessed.append(optimizer)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter in optimizer.state:
@@ -330,11 +343,14 @@ def _reads_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults["fused"])
 
 
-def _materialize_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that the first step would make, for each parameter that has none, so that it can be saved or read."""
+def _materialize_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Make the state that the first step would make, for each parameter that has none, so that it can be saved or read.
+
+    Returns whether its values are a guess.
+    """
     bare = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
     if not bare:
-        return
+        return False
     if isinstance(optimizer, torch.optim.Adam):
         for parameter in bare:
             step_device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
@@ -351,6 +367,8 @@ def _materialize_state(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
     elif len(bare) == sum(len(group["params"]) for group in optimizer.param_groups):
         _materialize_by_stepping(optimizer)
+        return True
+    return False
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import nn
 
 from trainer.components import optimizer as optimizer_module
 from trainer.components.optimizer import (
+    Optimizers,
     build_optimizer,
     get_optimizer_builder,
     group_parameters,
@@ -49,6 +50,21 @@ def train(model: nn.Module, optimizers, steps: int, first_seed: int = 0) -> None
         backward(model, first_seed + step)
         optimizers.step()
         optimizers.zero_grad()
+
+
+def test_state_that_was_guessed_before_the_first_step_is_forgotten():
+    ours, theirs = make_model(), make_model()
+    names = {parameter: name for name, parameter in ours.named_parameters()}
+    optimizers = Optimizers([torch.optim.NAdam(ours.parameters(), lr=0.1)], names)
+    assert optimizers.state_dict()
+    optimizers.forget_guesses()
+    train(ours, optimizers, 2)
+    reference = torch.optim.NAdam(theirs.parameters(), lr=0.1)
+    train(theirs, reference, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    kept = optimizers.state_dict()
+    optimizers.forget_guesses()
+    assert optimizers.state_dict().keys() == kept.keys()
 
 
 def test_muon_says_what_it_leaves_to_adamw_of_a_mixture(caplog):
