@@ -32,12 +32,14 @@ class GroupedExperts(nn.Module):
     the outputs for the gates' gradient. Under expert parallelism the weights are those of the experts here.
     """
 
-    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    product_w1: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """`grouped_mm`, or one like it in low precision."""
+    product_w2: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    product_w3: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
     def __init__(self, dim: int, hidden_dim: int, n_experts: int) -> None:
         super().__init__()
-        self.product = grouped_mm
+        self.product_w1 = self.product_w2 = self.product_w3 = grouped_mm
         self.w1 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
@@ -53,10 +55,10 @@ class GroupedExperts(nn.Module):
 
     def multiply(self, rows: Rows, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
         """Return the same from weights that are at hand. w1, w3: (E, H, D); w2: (E, D, H)"""
-        gate = self.product(rows.tokens, w1, rows.ends)  # (R, H)
-        up = self.product(rows.tokens, w3, rows.ends)  # (R, H)
+        gate = self.product_w1(rows.tokens, w1, rows.ends)  # (R, H)
+        up = self.product_w3(rows.tokens, w3, rows.ends)  # (R, H)
         hidden = F.silu(gate.float()) * up.float() * rows.gates.unsqueeze(-1)
-        return self.product(hidden.type_as(up), w2, rows.ends)  # (R, D)
+        return self.product_w2(hidden.type_as(up), w2, rows.ends)  # (R, D)
 
     def extra_repr(self) -> str:
         n_experts, hidden_dim, dim = self.w1.shape

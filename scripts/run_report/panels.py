@@ -200,13 +200,14 @@ def _collect_memory(runs: Sequence[RunHistory]) -> list[Line]:
 
 
 def _build_layers(number: int, run: RunHistory, *, many: bool) -> list[Panel]:
-    """Return how the experts of each layer are loaded, and how much of each layer's float8 tensors is cut off."""
-    kinds = {
-        "experts/": ("/max_over_mean", "Expert load by layer", "busiest / mean", 1.0),
-        "float8/": ("/saturated", "Float8 cut off, by layer", "%, worst tensor", 100.0),
-    }
+    """Return how the experts of each layer are loaded, and how much of each layer's float8 tensors, experts' too, is cut off and lost."""
+    kinds = (
+        ("experts/", "/max_over_mean", "Expert load by layer", "busiest / mean", 1.0),
+        ("float8/", "/saturated", "Float8 cut off, by layer", "%, worst tensor", 100.0),
+        ("float8/", "/underflowed", "Float8 lost as zero, by layer", "%, worst tensor", 100.0),
+    )
     panels = []
-    for prefix, (suffix, title, unit, scale) in kinds.items():
+    for prefix, suffix, title, unit, scale in kinds:
         layers: dict[str, dict[int, float]] = {}
         for key in run.find_keys(prefix):
             if not key.endswith(suffix) or key == prefix.strip("/") + suffix:
@@ -219,5 +220,5 @@ def _build_layers(number: int, run: RunHistory, *, many: bool) -> list[Panel]:
         if any(layers.values()):
             shown = f"{title}: {run.name}" if many else title
             note = "One row a layer, one column a logged step."
-            panels.append(Panel(f"{prefix[:-1]}_layers_{number}", shown, unit, note, layers=layers))
+            panels.append(Panel(f"{suffix[1:]}_layers_{number}", shown, unit, note, layers=layers))
     return panels

@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
+from torch import Tensor
 
 from models.llama3.args import LlamaArgs
 from tests.distributed.cases import BF16, EAGER_COMPILE, EXPERT_ARGS, Case, Outcome, run_case, run_reference
 from tests.distributed.harness import run_distributed
+from trainer.low_precision.float8_training import Float8Training, build_float8_training
 
 # On two ranks of tensor parallelism, too, each dim is a multiple of 16.
 ARGS = LlamaArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=67, ffn_hidden_dim=96, max_seq_len=16)
@@ -143,6 +146,61 @@ def test_model_with_experts_has_them_or_its_other_layers_in_float8() -> None:
             # Some tokens go to other experts.
             assert (gradient - exact).norm() <= 0.25 * exact.norm(), name
     assert len(results[0]["b"].float8) == 16
+
+
+def measure_cases(cases: list[Case]) -> dict[str, dict[str, float]]:
+    """The metrics of the first step of each."""
+
+    def build(*args: Any, **kwargs: Any) -> Float8Training:
+        training = build_float8_training(*args, **kwargs)
+        training.begin_step(0)
+        return training
+
+    def before_update(training: Float8Training) -> dict[str, Tensor]:
+        steps.append(collect(training))
+        return steps[-1]
+
+    metrics, collect = {}, Float8Training.before_update
+    with (
+        mock.patch("tests.distributed.cases.build_float8_training", build),
+        mock.patch.object(Float8Training, "before_update", before_update),
+    ):
+        for case in cases:
+            steps: list[dict[str, Tensor]] = []
+            run_case(case)
+            assert not any(steps[1:]), "no step but the first is measured"
+            metrics[case.name] = {name: value.item() for name, value in steps[0].items()}
+    return metrics
+
+
+def test_experts_are_measured_alike_however_they_are_spread() -> None:
+    more = {
+        "training": BF16,
+        "base": EXPERTS,
+        "float8_experts": {"fqns": ["experts"], "emulate": True, "measure_freq": 5},
+    }
+    expert_parallel, full = {"expert_parallel_degree": 2}, {"mode": "full"}
+    cases = [
+        Case("fsdp", 4, activation_checkpoint=full, **more),
+        Case("ep", 4, {"expert_parallel_degree": 4}, microbatches=2, activation_checkpoint=full, **more),
+        Case("compiled", 4, {**TP, **expert_parallel}, compile=EAGER_COMPILE, activation_checkpoint=AC, **more),
+        Case("etp", 4, {**TP, **expert_parallel, "expert_tensor_parallel_degree": 2}, **more),
+        # The first of the stages has no experts.
+        Case(
+            "pp", 4, {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2, **expert_parallel}, **more
+        ),
+    ]
+    (expected,) = measure_cases([Case("one", 1, **more)]).values()
+    assert len(expected) == 2 + 3 * 3 * 4
+    for rank, of_rank in enumerate(run_distributed(measure_cases, 4, cases, timeout=280, reuse=True)):
+        for name, metrics in of_rank.items():
+            is_without = name == "pp" and rank < 2
+            assert metrics.keys() == {key for key in expected if key.count("/") == 1 or not is_without}, (rank, name)
+            for key, value in metrics.items():
+                # A scale by rows is another one for a part of a row.
+                assert value == pytest.approx(expected[key], rel=0.1, abs=2e-3), (rank, name, key)
+                if "/weight/amax" in key:
+                    assert value == expected[key], (rank, name, key)
 
 
 def assert_same_scales(results: list[dict[str, Outcome]], names: list[str]) -> None:

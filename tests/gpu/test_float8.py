@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.distributed.cases import Case, Outcome, run_case
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_float8 import AC, SHALLOW, TP, assert_near, case
-from trainer.config.schema_quantize import Float8LinearConfig
-from trainer.low_precision.float8_experts import emulate_groups, multiply_groups
+from trainer.config.schema_quantize import Float8GroupedMMConfig, Float8LinearConfig
+from trainer.low_precision.float8_experts import GroupedProduct, build_expert_recipe
 from trainer.low_precision.float8_linear import become_float8
 from trainer.low_precision.fused_cast import cast_both_ways, cast_both_ways_plainly
 from trainer.low_precision.recipe import E4M3, E5M2, build_recipe
@@ -178,7 +178,10 @@ def test_experts_equal_emulated_ones(compiles: bool) -> None:
     )
     rows[700:], grad[700:] = float("nan"), float("nan")
     results = []
-    for product in (emulate_groups, torch.compile(multiply_groups, fullgraph=True) if compiles else multiply_groups):
+    emulated, real = (
+        GroupedProduct(build_expert_recipe(Float8GroupedMMConfig(emulate=emulate)), "cuda") for emulate in (True, False)
+    )
+    for product in (emulated, torch.compile(real, fullgraph=True) if compiles else real):
         x, w = rows.clone().requires_grad_(), weights.clone().requires_grad_()
         poison()
         y = product(x, w, ends)

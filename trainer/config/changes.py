@@ -17,7 +17,7 @@ HARMLESS = (
     "data.cache_dir", "data.prepare_workers", "data.max_bad_rows", "data.read_retries", "data.read_timeout_seconds",
     "model.print_after_conversion", "training.steps", "training.gc_*", "training.dataloader.*", "training.nonfinite_*",
     "training.spike_*", "quantize.linear.float8.write_scales_file", "quantize.linear.float8.measure_freq",
-    "quantize.linear.float8.fp8_opt_level",
+    "quantize.linear.float8.fp8_opt_level", "quantize.grouped_mm.float8.measure_freq",
 )  # fmt: skip
 """Globs of what leaves the weights alone. The number of steps counts by the schedule that it sets, and a level by its settings."""
 

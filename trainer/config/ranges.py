@@ -104,6 +104,7 @@ RANGES: dict[str, Range] = {
     "quantize.linear.float8.keep_first_blocks": _COUNT_OR_NONE,
     "quantize.linear.float8.keep_last_blocks": _COUNT_OR_NONE,
     "quantize.linear.float8.measure_freq": _COUNT_OR_NONE,
+    "quantize.grouped_mm.float8.measure_freq": _COUNT_OR_NONE,
     "quantize.linear.float8.margin": Range(low=0, high=15),
     "quantize.linear.float8.delayed_warmup_steps": _COUNT,
     "quantize.linear.float8.static_scale_input": Range(above=0),

@@ -110,6 +110,8 @@ class Float8GroupedMMConfig:
     """Experts, by part of their name, that are converted: ["experts"] for all."""
     emulate: bool = False
     """Round as float8 does, but multiply in float32, on any device: to try it, slowly."""
+    measure_freq: int = 0
+    """As quantize.linear.float8.measure_freq, of the products of experts."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _check_tokens(config: JobConfig) -> Iterator[Problem]:
 
 def _warn_without_converter(config: JobConfig) -> Iterator[Problem]:
     """Settings of float8 that is off."""
-    for name in ("fqns", "emulate"):
+    for name in ("fqns", "emulate", "measure_freq"):
         key = f"{FLOAT8_EXPERTS_CONVERTER}.{name}"
         if get_value(config, key) and FLOAT8_EXPERTS_CONVERTER not in config.model.converters:
             message = f"{key} = {show(get_value(config, key))} has no effect: {CONVERTERS} does not name {FLOAT8_EXPERTS_CONVERTER}."

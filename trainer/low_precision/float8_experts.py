@@ -16,20 +16,37 @@ from torch import Tensor
 from models.common.grouped_mm import get_weight_gradients, grouped_mm
 from models.common.moe import GroupedExperts
 from trainer.config.schema_quantize import FLOAT8_ALIGNMENT, Float8GroupedMMConfig
-from trainer.low_precision.recipe import E4M3
+from trainer.low_precision.float8_layer import Float8Layer, measure_rows
+from trainer.low_precision.recipe import E4M3, Recipe
 from trainer.low_precision.scaling import Quantized, quantize
 
 SECTION = "quantize.grouped_mm.float8"
+WEIGHTS = ("w1", "w2", "w3")
 
 
-def multiply_groups(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Return rows @ weights[g]^T for each group's rows, in float8: see `models.common.grouped_mm.grouped_mm`."""
-    return _GroupedProduct.apply(rows, weights, ends, False)
+class GroupedProduct(Float8Layer):
+    """The product of rows with one of the weights of their experts, in float8: see `models.common.grouped_mm.grouped_mm`."""
+
+    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
+        """recipe: see `build_expert_recipe`. device: of the state."""
+        super().__init__()
+        self.recipe = recipe
+        self.make_state(device=device)
+
+    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Return rows @ weights[g]^T for each group's rows. rows: (R, I); weights: (G, O, I); ends: (G,) int32 -> (R, O)"""
+        return _GroupedProduct.apply(rows, weights, ends, self.get_current_recipe(), *self.get_state())
 
 
-def emulate_groups(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """The same on any device: what was rounded to float8 is multiplied in float32."""
-    return _GroupedProduct.apply(rows, weights, ends, True)
+def build_expert_recipe(section: Float8GroupedMMConfig) -> Recipe:
+    """Return what the settings ask for."""
+    return Recipe(
+        is_rowwise=True,
+        keeps_weight_gradient=True,
+        power_of_2=True,
+        emulate=section.emulate,
+        keeps_counts=section.measure_freq > 0,
+    )
 
 
 @torch._dynamo.allow_in_graph
@@ -37,11 +54,14 @@ class _GroupedProduct(torch.autograd.Function):
     """rows: (R, I); weights: (G, O, I); ends: (G,) -> (R, O). Rows beyond the last end, NaN maybe, spoil no others."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor, emulate: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor, recipe: Recipe, *state: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, ends)
-        ctx.emulate = emulate
+        ctx.recipe, ctx.state = recipe, state
         rows8, weights8 = _quantize(rows, dim=1), _quantize(weights, dim=2)
-        return _multiply(rows8, weights8, ends, out_dtype=rows.dtype, emulate=emulate)
+        if recipe.measures:
+            measure_rows(rows, rows8, "input", state, counted=_find_counted(rows, ends))
+            measure_rows(weights, weights8, "weight", state)
+        return _multiply(rows8, weights8, ends, out_dtype=rows.dtype, emulate=recipe.emulate)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -50,10 +70,18 @@ class _GroupedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_columns = _quantize(weights, dim=1)
             weights8 = Quantized(by_columns.data.transpose(1, 2).contiguous(), by_columns.scale.transpose(1, 2))
-            grad_rows = _multiply(_quantize(grad, dim=1), weights8, ends, out_dtype=rows.dtype, emulate=ctx.emulate)
+            grad8 = _quantize(grad, dim=1)
+            grad_rows = _multiply(grad8, weights8, ends, out_dtype=rows.dtype, emulate=ctx.recipe.emulate)
+            if ctx.recipe.measures:
+                measure_rows(grad, grad8, "grad_output", ctx.state, counted=_find_counted(grad, ends))
         if ctx.needs_input_grad[1]:
             grad_weights = get_weight_gradients(grad, rows, weights, ends)
-        return grad_rows, grad_weights, None, None
+        return grad_rows, grad_weights, None, None, *(None for _ in ctx.state)
+
+
+def _find_counted(rows: Tensor, ends: Tensor) -> Tensor:
+    """Return which rows are some expert's: (R, 1) bool."""
+    return (torch.arange(rows.shape[0], device=rows.device) < ends[-1]).unsqueeze(-1)
 
 
 def _quantize(x: Tensor, dim: int) -> Quantized:
@@ -121,10 +149,12 @@ def apply_float8_experts(model: nn.Module, *, section: Float8GroupedMMConfig, de
     """
     check_expert_device(section)
     chosen = plan_float8_experts(model, section=section, degree=degree)
+    recipe = build_expert_recipe(section)
     for name in chosen:
         experts = model.get_submodule(name)
         assert isinstance(experts, GroupedExperts)
-        experts.product = emulate_groups if section.emulate else multiply_groups
+        for weight in WEIGHTS:
+            setattr(experts, f"product_{weight}", GroupedProduct(recipe, experts.w1.device))
     kinds: dict[tuple[tuple[int, ...], str], int] = {}
     for name, experts in model.named_modules():
         if isinstance(experts, GroupedExperts):
@@ -132,6 +162,17 @@ def apply_float8_experts(model: nn.Module, *, section: Float8GroupedMMConfig, de
             kind = (tuple(experts.w1.shape), fate)
             kinds[kind] = kinds.get(kind, 0) + 1
     return [f"{n} x {e} experts ({dim} -> {hidden} -> {dim}): {fate}" for ((e, hidden, dim), fate), n in kinds.items()]
+
+
+def list_products(model: nn.Module) -> dict[str, GroupedProduct]:
+    """Return the products of experts that are in float8, by the names of their weights."""
+    found = (
+        (f"{name}.{weight}", getattr(experts, f"product_{weight}"))
+        for name, experts in model.named_modules()
+        if isinstance(experts, GroupedExperts)
+        for weight in WEIGHTS
+    )
+    return {name: product for name, product in found if isinstance(product, GroupedProduct)}
 
 
 def check_expert_device(section: Float8GroupedMMConfig) -> None:

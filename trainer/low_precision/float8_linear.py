@@ -3,44 +3,27 @@
 Letters: M tokens, K features in, N features out. x: (M, K); w: (N, K); g, the gradient of the output: (M, N).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from trainer.low_precision.float8_layer import Float8Layer, get_part, measure_rows
 from trainer.low_precision.float8_tensor import Float8Tensor, as_high_precision
 from trainer.low_precision.fused_cast import cast_both_ways
 from trainer.low_precision.matmul import multiply
-from trainer.low_precision.recipe import E4M3, KINDS, Kind, Recipe
+from trainer.low_precision.recipe import E4M3, Kind, Recipe
 from trainer.low_precision.scaling import Quantized, cast, get_amax, get_scale, measure, quantize
 
-PARTS = ("scale", "amax", "counts")
-"""What a layer's state has of each kind of tensor."""
 
+class Float8Linear(Float8Layer, nn.Linear):
+    """`nn.Linear` by a recipe. Its parameters are those of `nn.Linear`, in name, shape and dtype."""
 
-def get_part(state: Sequence[Tensor], part: str, kind: Kind) -> Tensor:
-    """Return one buffer of `Float8Linear.get_state`."""
-    return state[PARTS.index(part) * len(KINDS) + KINDS.index(kind)]
-
-
-class Float8Linear(nn.Linear):
-    """`nn.Linear` by a recipe. Its parameters are those of `nn.Linear`, in name, shape and dtype.
-
-    Where the recipe has a state, there are float32 buffers for each of `KINDS`, which no state dict of the model holds:
-    `scale_<kind>`, 0-dim, where it is not found out anew; `amax_<kind>`, 0-dim, the largest magnitude since it was last set to
-    zero; and `counts_<kind>`, (3,), see `scaling.measure`.
-    """
-
-    recipe: Recipe
     input_group: str = ""
     """Layers with the same one, if it is not empty, get the same input: they share the buffers for it, so that a compiled block casts
     it once."""
-    scale_input: Tensor
-    scale_weight: Tensor
-    amax_weight: Tensor
-    counts_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)"""
@@ -58,37 +41,6 @@ class Float8Linear(nn.Linear):
         y = function.apply(rows, weight, recipe, *self.get_state())
         return y.view(*x.shape[:-1], -1)
 
-    def get_current_recipe(self) -> Recipe:
-        """Return the recipe for a pass at this moment: validation must leave no trace."""
-        return self.recipe if self.training else self.recipe._replace(records=(False, False, False), measures=False)
-
-    def make_state(self, scales: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
-        """Make the buffers, if the recipe needs any, or make them new. scales: of each of `KINDS`."""
-        if self.recipe.has_state:
-            # Weights that are offloaded lie elsewhere than where they are used.
-            device = getattr(self, "scale_input", self.weight).device
-            for kind, scale in zip(KINDS, scales, strict=True):
-                self.register_buffer(f"scale_{kind}", torch.tensor(scale, device=device), persistent=False)
-                self.register_buffer(f"amax_{kind}", torch.zeros((), device=device), persistent=False)
-                self.register_buffer(f"counts_{kind}", torch.zeros(3, device=device), persistent=False)
-
-    def get_state(self) -> tuple[Tensor, ...]:
-        """Return all buffers of the state, for `get_part`."""
-        if not self.recipe.has_state:
-            return ()
-        return tuple(getattr(self, f"{part}_{kind}") for part in PARTS for kind in KINDS)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Linear":
-        # A change of the model's dtype is not one of its scales'.
-        names = [f"{part}_{kind}" for part in PARTS for kind in KINDS] if self.recipe.has_state else []
-        kept = {name: self._buffers.pop(name) for name in names}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            assert buffer is not None
-            moved = fn(buffer)
-            self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
-        return self
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"
 
@@ -99,7 +51,7 @@ def become_float8(module: nn.Linear, recipe: Recipe) -> None:
     module.__class__ = Float8Linear
     assert isinstance(module, Float8Linear)
     module.recipe = recipe
-    module.make_state()
+    module.make_state(device=module.weight.device)
 
 
 class _BothWays(NamedTuple):
@@ -141,7 +93,7 @@ class _TensorwiseProduct(torch.autograd.Function):
 
 
 def _quantize(x: Tensor, kind: Kind, recipe: Recipe, state: Sequence[Tensor]) -> _BothWays:
-    """Cast a tensor as the recipe says, and record what it says. state: see `Float8Linear.get_state`"""
+    """Cast a tensor as the recipe says, and record what it says. state: see `Float8Layer.get_state`"""
     if isinstance(x, Float8Tensor):
         return _BothWays(x.quantized, x.quantized)
     dtype, is_dynamic, records = recipe.dtype_of(kind), recipe.scaling_of(kind) == "dynamic", recipe.records_of(kind)
@@ -182,8 +134,8 @@ class _RowwiseProduct(torch.autograd.Function):
         w_columns = (weight,) if recipe.recomputes_weight else _quantize_columns(weight, recipe)
         ctx.recipe, ctx.dtypes, ctx.n_of_x, ctx.state = recipe, (x.dtype, weight.dtype), len(x_columns), state
         if recipe.measures:
-            _measure_rows(x, x_rows, "input", state)
-            _measure_rows(weight, w_rows, "weight", state)
+            measure_rows(x, x_rows, "input", state)
+            measure_rows(weight, w_rows, "weight", state)
         ctx.save_for_backward(*x_columns, *w_columns)
         return multiply(x_rows, w_rows.t(), out_dtype=x.dtype, fast=True, emulate=recipe.emulate, pads=recipe.pads)
 
@@ -198,7 +150,7 @@ class _RowwiseProduct(torch.autograd.Function):
             g_rows = _quantize_along(g, recipe.grad_dtype, recipe, dim=1)
             grad_x = multiply(g_rows, w8, out_dtype=x_dtype, **options)
             if recipe.measures:
-                _measure_rows(g, g_rows, "grad_output", ctx.state)
+                measure_rows(g, g_rows, "grad_output", ctx.state)
         if ctx.needs_input_grad[1]:
             if recipe.keeps_weight_gradient:
                 grad_weight = (g.t() @ x[0]).to(weight_dtype)
@@ -206,12 +158,6 @@ class _RowwiseProduct(torch.autograd.Function):
                 g8 = _quantize_along(g, recipe.grad_dtype, recipe, dim=0)
                 grad_weight = multiply(g8.t(), Quantized(*x), out_dtype=weight_dtype, **options)
         return grad_x, grad_weight, None, *(None for _ in ctx.state)
-
-
-def _measure_rows(x: Tensor, x8: Quantized, kind: Kind, state: Sequence[Tensor]) -> None:
-    recorded = get_part(state, "amax", kind)
-    recorded.copy_(torch.maximum(recorded, get_amax(x).float()))
-    measure(x, x8, get_part(state, "counts", kind))
 
 
 def _quantize_along(x: Tensor, dtype: torch.dtype, recipe: Recipe, dim: int | None) -> Quantized:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from trainer.config.schema_quantize import (
 )
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.simple_fsdp import list_layouts
+from trainer.low_precision.float8_experts import list_products
+from trainer.low_precision.float8_layer import Float8Layer
 from trainer.low_precision.float8_linear import Float8Linear, become_float8
 from trainer.low_precision.measurement import Measurement
 from trainer.low_precision.recipe import build_recipe
@@ -38,26 +40,30 @@ class Float8Training:
         *,
         gather: WeightGather | None = None,
         history: ScalingHistory | None = None,
-        measurement: Measurement | None = None,
+        measurements: Sequence[Measurement] = (),
         write_scales: Callable[[Scales], None] | None = None,
     ) -> None:
         """gather: whose scales are to be found after each update. write_scales: what to do with scales at the end."""
         self._gather = gather
         self.history = history
         """Of the layers here, where amaxes are recorded."""
-        self._measurement = measurement
+        self._measurements = measurements
         self._write_scales = write_scales
 
     def begin_step(self, step: int, *, is_logged: bool = True) -> None:
         """Prepare for the passes of a step. is_logged: whether its metrics will be. Collective over the ranks that share weights."""
         if self._gather is not None:
             self._gather.begin_step()
-        if self._measurement is not None and is_logged:
-            self._measurement.begin_step(step)
+        if is_logged:
+            for measurement in self._measurements:
+                measurement.begin_step(step)
 
     def before_update(self) -> dict[str, Tensor]:
         """Take note of what the passes of a step have recorded, and return its metrics, if any. Collective over all ranks."""
-        metrics = {} if self._measurement is None else self._measurement.collect()
+        metrics: dict[str, Tensor] = {}
+        for measurement in self._measurements:
+            for name, value in measurement.collect().items():
+                metrics[name] = torch.maximum(metrics[name], value) if name in metrics else value  # the worst of all
         if self.history is not None:
             self.history.sync()
         return metrics
@@ -101,28 +107,35 @@ def build_float8_training(
     """
     if not FLOAT8_CONVERTERS.union([FLOAT8_EXPERTS_CONVERTER]).isdisjoint(converters):
         logger.info("MFU compares with the peak of bfloat16, also in float8")
-    if FLOAT8_CONVERTERS.isdisjoint(converters):
-        return Float8Training()
+
+    def build_measurements(layers: Mapping[str, Float8Layer], freq: int) -> list[Measurement]:
+        if freq == 0:
+            return []
+        pp_group = dims.mesh("pp").get_group() if dims.pp > 1 else None
+        return [Measurement(layers, freq=freq, group=dims.stage_group(), pp_group=pp_group, device=device)]
+
+    measurements: list[Measurement] = []
+    if FLOAT8_EXPERTS_CONVERTER in converters:
+        products = list_products(model)
+        for product in products.values():
+            product.make_state()
+        measurements += build_measurements(products, quantize.grouped_mm.float8.measure_freq)
     section = quantize.linear.float8
-    if section.backend == "te":
-        return Float8Training()  # its layers do all that themselves
+    if FLOAT8_CONVERTERS.isdisjoint(converters) or section.backend == "te":  # whose layers do all that themselves
+        return Float8Training(measurements=measurements)
     layers, recipe = _get_layers(model), build_recipe(section)
-    gather = history = measurement = write_scales = None
-    group = None
+    measurements += build_measurements(layers, section.measure_freq)
+    gather = history = write_scales = None
     if recipe.has_state:
         set_static_scales(layers, section)
-        group = dims.stage_group()
     if any(recipe.records):
-        history = ScalingHistory(layers, section=section, group=group)
-    if section.measure_freq > 0:
-        pp_group = dims.mesh("pp").get_group() if dims.pp > 1 else None
-        measurement = Measurement(layers, freq=section.measure_freq, group=group, pp_group=pp_group, device=device)
+        history = ScalingHistory(layers, section=section, group=dims.stage_group())
     if section.enable_fsdp_float8_all_gather and dims.fsdp > 1:
         precomputes = section.precompute_float8_dynamic_scale_for_fsdp and recipe.scaling_of("weight") == "dynamic"
         gather = _set_up_gather(model, list(layers.values()), dims.mesh("fsdp"), precomputes)
     if section.write_scales_file is not None:
         write_scales = functools.partial(_write_scales_of_all, Path(section.write_scales_file))
-    return Float8Training(gather=gather, history=history, measurement=measurement, write_scales=write_scales)
+    return Float8Training(gather=gather, history=history, measurements=measurements, write_scales=write_scales)
 
 
 def _set_up_gather(

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.low_precision.float8_linear import Float8Linear
-from trainer.low_precision.recipe import KINDS
+from trainer.low_precision.float8_layer import Float8Layer
+from trainer.low_precision.recipe import KINDS, Recipe
 from trainer.low_precision.scaling import get_scale
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Measurement:
 
     def __init__(
         self,
-        layers: Mapping[str, Float8Linear],
+        layers: Mapping[str, Float8Layer],
         *,
         freq: int,
         group: dist.ProcessGroup | None = None,
@@ -44,8 +44,7 @@ class Measurement:
         """Have layers count in this step, if it is one to measure. Before its first pass."""
         self._is_on = step % self._freq == 0
         if self._is_on:
-            for layer in self.layers.values():
-                layer.recipe = layer.recipe._replace(measures=True)
+            self._set_measures(True)
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
@@ -97,11 +96,17 @@ class Measurement:
     def _clear(self) -> None:
         """End the measurement. Amaxes that are remembered beyond the step are for `ScalingHistory` to take."""
         buffers = []
+        self._set_measures(False)
         for layer in self.layers.values():
-            layer.recipe = layer.recipe._replace(measures=False)
             buffers += [getattr(layer, f"counts_{kind}") for kind in KINDS]
             buffers += [getattr(layer, f"amax_{kind}") for kind in KINDS if not layer.recipe.records_of(kind)]
         torch._foreach_zero_(buffers)
+
+    def _set_measures(self, measures: bool) -> None:
+        """Tell the layers. Those of equal recipes share one, before and after, or compiled blocks would be compiled again."""
+        recipes: dict[Recipe, Recipe] = {}
+        for layer in self.layers.values():
+            layer.recipe = recipes.setdefault(layer.recipe, layer.recipe._replace(measures=measures))
 
     def _warn_of_growth(self, shares: Tensor) -> None:
         """Name the tensors of which more is cut off than there was. shares: (L, 3), on the host"""

@@ -72,7 +72,7 @@ class Recipe(NamedTuple):
 
     @property
     def has_state(self) -> bool:
-        """Whether layers need a state (`Float8Linear.scales`, `Float8Linear.amaxes`)."""
+        """Whether layers need a state (`Float8Layer.make_state`)."""
         return self.keeps_counts or not all(self.is_stateless(kind) for kind in KINDS)
 
     def as_dynamic(self) -> "Recipe":

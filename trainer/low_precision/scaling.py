@@ -54,11 +54,15 @@ def quantize(x: Tensor, dtype: torch.dtype, *, dim: int | None = None, power_of_
     return Quantized(cast(x, scale, dtype), scale)
 
 
-def measure(x: Tensor, x8: Quantized, counts: Tensor) -> None:
+def measure(x: Tensor, x8: Quantized, counts: Tensor, *, counted: Tensor | None = None) -> None:
     """Add to `counts` how many elements there are, how many were too large for their scale, and how many too small: not zero, and
-    cast to zero. counts: (3,) float32. Shares of them are the same however often a forward pass is recomputed."""
+    cast to zero. Shares of them are the same however often a forward pass is recomputed.
+
+    counts: (3,) float32. counted: bool, broadcasts to x: which elements, by default all; what the others hold is nobody's.
+    """
     limit = torch.finfo(x8.data.dtype).max
     # Half a unit in the last place beyond the limit is rounded, not cut.
     is_cut = (x.float().abs() * x8.scale) > limit * (1 + torch.finfo(x8.data.dtype).eps / 4)
     is_lost = (x8.data.float() == 0) & (x != 0)
-    counts.add_(torch.stack([torch.ones_like(is_cut).sum(), is_cut.sum(), is_lost.sum()]))
+    of = torch.ones_like(is_cut) if counted is None else counted.expand_as(x)
+    counts.add_(torch.stack([of.sum(), (is_cut & of).sum(), (is_lost & of).sum()]))

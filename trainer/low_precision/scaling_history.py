@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config.schema_quantize import Float8LinearConfig
-from trainer.low_precision.float8_linear import PARTS, Float8Linear
+from trainer.low_precision.float8_layer import PARTS
+from trainer.low_precision.float8_linear import Float8Linear
 from trainer.low_precision.recipe import KINDS, build_recipe
 from trainer.low_precision.scaling import get_scale
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed.weight_collectives import Layout, gather_shards, reduce_gradient
-from trainer.low_precision.float8_linear import Float8Linear, get_part
+from trainer.low_precision.float8_layer import get_part
+from trainer.low_precision.float8_linear import Float8Linear
 from trainer.low_precision.float8_tensor import Float8Tensor, as_high_precision
 from trainer.low_precision.recipe import E4M3, Recipe
 from trainer.low_precision.scaling import Quantized, cast, get_amax, get_scale, measure
@@ -24,7 +25,7 @@ _ops = torch.ops._c10d_functional
 
 @torch._dynamo.allow_in_graph
 class _GatherFloat8Weight(torch.autograd.Function):
-    """As `weight_collectives.gather_weight`. scale: of the whole weight, if it is known; state: see `Float8Linear.get_state`"""
+    """As `weight_collectives.gather_weight`. scale: of the whole weight, if it is known; state: see `Float8Layer.get_state`"""
 
     @staticmethod
     def forward(

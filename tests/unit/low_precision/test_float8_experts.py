@@ -1,19 +1,27 @@
-"""Experts in float8 against a loop over them, with groups of any size, compiled, recomputed, and refused."""
+"""Experts in float8 against a loop over them, with groups of any size, compiled, recomputed, measured, and refused."""
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from models.common.moe import MoE
+from models.common.grouped_mm import grouped_mm
+from models.common.moe import GroupedExperts, MoE
 from models.common.router import Router
+from models.common.token_dispatch import Rows
 from trainer.config.schema_quantize import Float8GroupedMMConfig
 from trainer.low_precision.float8_experts import (
+    GroupedProduct,
     apply_float8_experts,
+    build_expert_recipe,
     check_expert_device,
-    emulate_groups,
+    list_products,
     plan_float8_experts,
 )
+from trainer.low_precision.measurement import Measurement
 
 DIM, HIDDEN, EXPERTS = 32, 48, 4
 SECTION = Float8GroupedMMConfig(fqns=["experts"], emulate=True)
@@ -35,7 +43,7 @@ def test_each_group_is_multiplied_as_one_matrix_is() -> None:
     grad = torch.randn(40, HIDDEN)
     grad[32:] = float("nan")
     rows.requires_grad_()
-    out = emulate_groups(rows, weights, ends)
+    out = GroupedProduct(build_expert_recipe(SECTION))(rows, weights, ends)
     out.backward(grad)
     for begin, end, weight, its_grad in zip([0, *ends], ends, weights.detach(), weights.grad, strict=False):
         x, g = rows.detach()[begin:end], grad[begin:end]
@@ -70,6 +78,76 @@ def test_mixture_is_near_bf16_however_it_is_run() -> None:
             torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
+def make_measured() -> tuple[GroupedExperts, Measurement]:
+    torch.manual_seed(0)
+    experts = torch.nn.ModuleDict({"experts": GroupedExperts(DIM, HIDDEN, EXPERTS)}).bfloat16()
+    apply_float8_experts(experts, section=Float8GroupedMMConfig(fqns=["experts"], emulate=True, measure_freq=2))
+    return experts["experts"], Measurement(list_products(experts), freq=2)
+
+
+def make_rows() -> Rows:
+    """Of 40 rows the last 4 are nobody's, and the first have each a value too small for a scale that fits the row's largest."""
+    tokens = torch.rand(40, DIM, generator=torch.Generator().manual_seed(1)).add(1).bfloat16()
+    tokens[:9, 3] = 1e-6
+    tokens[36:] = float("nan")
+    return Rows(tokens, torch.ones(40), torch.tensor([5, 5, 20, 36], dtype=torch.int32))
+
+
+def take_measured_step(experts: GroupedExperts, measurement: Measurement, step: int, **options) -> dict[str, float]:
+    rows, forward = make_rows(), options.get("forward", experts)
+    rows.tokens.requires_grad_()
+    measurement.begin_step(step)
+    for _ in range(2):  # microbatches
+        out = checkpoint(forward, rows, use_reentrant=False) if options.get("recomputes") else forward(rows)
+        grad = torch.full_like(out, 0.5)
+        grad[36:] = float("nan")
+        out.backward(grad)
+    return {name: value.item() for name, value in measurement.collect().items()}
+
+
+def test_each_weight_of_experts_is_measured_but_not_rows_that_are_nobodys() -> None:
+    experts, measurement = make_measured()
+    assert take_measured_step(experts, measurement, 1) == {}
+    metrics = take_measured_step(experts, measurement, 2)
+    for name in ("w1", "w2", "w3"):
+        for kind in ("input", "weight", "grad_output"):
+            amax, scale = (metrics[f"float8/experts.{name}/{kind}/{part}"] for part in ("amax", "scale"))
+            assert scale == 2.0 ** math.floor(math.log2(448 / amax)), "neither zero nor NaN"
+            assert metrics[f"float8/experts.{name}/{kind}/saturated"] == 0.0
+        assert metrics[f"float8/experts.{name}/weight/amax"] == getattr(experts, name).abs().max()
+    assert metrics["float8/experts.w2/grad_output/amax"] == 0.5
+    for name in ("w1", "w3"):
+        assert metrics[f"float8/experts.{name}/input/amax"] == make_rows().tokens[:36].abs().max()
+        assert metrics[f"float8/experts.{name}/input/underflowed"] == pytest.approx(9 / (36 * DIM))
+    assert metrics["float8/underflowed_max"] == max(metrics[name] for name in metrics if name.endswith("/underflowed"))
+    experts.eval()
+    measurement.begin_step(4)
+    experts(make_rows())
+    assert measurement.collect().keys() == {"float8/saturated_max", "float8/underflowed_max"}, "validation is no step"
+
+
+def test_measuring_experts_changes_no_gradient_nor_does_recomputation_what_is_measured() -> None:
+    (plain, _), (measured, measurement), (recomputed, again) = (make_measured() for _ in range(3))
+    for step in (2, 3):
+        for _ in range(2):
+            out = plain(make_rows())
+            out.backward(torch.where(out.isnan(), out, 0.5))
+        metrics = take_measured_step(measured, measurement, step)
+        assert take_measured_step(recomputed, again, step, recomputes=True) == metrics
+    for ours, expected in zip(measured.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, expected.grad)
+
+
+def test_experts_are_compiled_once_for_steps_that_are_measured_and_once_for_others() -> None:
+    (eager, measurement), (experts, again) = make_measured(), make_measured()
+    counter = CompileCounterWithBackend("aot_eager")
+    forward = torch.compile(experts.forward, backend=counter, fullgraph=True)
+    for step in range(1, 5):
+        expected = take_measured_step(eager, measurement, step)
+        assert take_measured_step(experts, again, step, forward=forward) == pytest.approx(expected, rel=1e-2)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize(
     ("fqns", "expected"),
     [
@@ -87,7 +165,8 @@ def test_what_cannot_be_converted_is_refused(fqns: list[str], expected: str) -> 
 def test_experts_that_are_not_named_stay() -> None:
     mixtures = torch.nn.ModuleList(MoE(DIM, HIDDEN, router=Router(DIM, EXPERTS, 2)) for _ in range(3))
     lines = apply_float8_experts(mixtures, section=Float8GroupedMMConfig(fqns=["1.experts"], emulate=True))
-    assert [mixture.experts.product is emulate_groups for mixture in mixtures] == [False, True, False]
+    assert list_products(mixtures).keys() == {"1.experts.w1", "1.experts.w2", "1.experts.w3"}
+    assert mixtures[0].experts.product_w1 is grouped_mm
     assert lines == [
         "2 x 4 experts (32 -> 48 -> 32): stay in high precision: fqns does not name them",
         "1 x 4 experts (32 -> 48 -> 32): converted",

@@ -16,10 +16,10 @@ from trainer.low_precision.recipe import E4M3
 from trainer.low_precision.scaling import Quantized, cast, measure
 
 
-def build(**settings) -> tuple[nn.Module, Measurement]:
+def build(n_layers: int = 1, **settings) -> tuple[nn.Module, Measurement]:
     torch.manual_seed(0)
     settings = {"emulate": True, "measure_freq": 2} | settings
-    model = nn.Sequential(nn.Linear(32, 32, bias=False)).bfloat16()
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(n_layers))).bfloat16()
     convert_to_float8_training(model, config=Float8LinearConfig(**settings))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Float8Linear)}
     return model, Measurement(layers, freq=2)
@@ -72,7 +72,7 @@ def test_measuring_changes_no_result_and_the_history_goes_on():
 
 def test_block_is_compiled_once_for_each_kind_of_step():
     """In the warm-up and after it, measured and not."""
-    model, measurement = build(recipe_name="delayed", delayed_warmup_steps=3)
+    model, measurement = build(n_layers=2, recipe_name="delayed", delayed_warmup_steps=3)
     counter = CompileCounterWithBackend("eager")
     model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
     for step in range(9):

@@ -131,13 +131,21 @@ def test_many_points_are_drawn_as_mean_and_range_so_that_no_spike_is_lost():
 
 def test_panels_are_those_that_have_values(eventful, tmp_path):
     keys = [panel.key for panel in build_panels([load_run(eventful)])]
-    assert keys == ["loss", "grad_norm", "lr", "speed", "mfu", "memory", "data_wait", "slowdown", "experts", "saturated", "experts_layers_0"]  # fmt: skip
+    assert keys == ["loss", "grad_norm", "lr", "speed", "mfu", "memory", "data_wait", "slowdown", "experts", "saturated", "max_over_mean_layers_0"]  # fmt: skip
     spiky = [make_record(step, grad_norm=500.0 if step == 50 else 1.0) for step in STEPS]
     runs = [load_run(eventful), load_run(write_run(tmp_path / "spiky", spiky))]
     panels = {panel.key: panel for panel in build_panels(runs)}
     assert panels["grad_norm"].is_log()
     assert not panels["loss"].is_log()
     assert panels["difference"].lines[0].values[100] == 0.0
+
+
+def test_layers_show_the_worst_of_their_tensors_in_float8(tmp_path):
+    shares = {"attention.wq/input": 0.01, "moe.experts.w1/input": 0.03, "moe.experts.w2/grad_output": 0.02}
+    record = {f"float8/layers.1.{name}/underflowed": share for name, share in shares.items()}
+    run = load_run(write_run(tmp_path / "float8", [make_record(step, **record) for step in STEPS]))
+    (panel,) = (panel for panel in build_panels([run]) if panel.layers)
+    assert (panel.key, panel.layers["1"][1]) == ("underflowed_layers_0", 3.0)
 
 
 def test_page_and_png_are_written_and_escape_what_runs_say(tmp_path, capsys):
