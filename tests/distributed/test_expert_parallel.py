@@ -27,6 +27,10 @@ from tests.distributed.cases import (
 )
 from tests.distributed.harness import run_distributed
 from tests.distributed.loop_experts import use_loops
+from tests.unit.distributed.test_activation_checkpoint import _CountOps
+from trainer.config.schema_parallel import ActivationCheckpointConfig
+from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
+from trainer.distributed.expert_dispatch import COPY_TO_HOST
 from trainer.distributed.expert_parallel import apply_expert_parallel
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.turns import Turns
@@ -173,6 +177,33 @@ def test_deepep_under_recomputation_and_accumulation_equals_one_process() -> Non
     deepep = {**EP2, "expert_parallel_comm_backend": "deepep"}
     case = Case("deepep", 2, deepep, activation_checkpoint={"mode": "full"}, microbatches=2, base=EXPERT_ARGS)
     assert_equal_outcomes(run_distributed(_run_with_stand_in, 2, case), _reference(EXPERT_ARGS), case.tolerance)
+
+
+# --- recomputed ---
+
+
+EXCHANGE = torch.ops._c10d_functional.all_to_all_single.default
+
+
+def _count_in_recomputation() -> list[tuple[int, int]]:
+    """Copies to the host, and exchanges, in a mixture's forward pass and in its backward pass, which recomputes it."""
+    dims = ParallelDims(world_size=2, dp_shard=2, ep=2)
+    dims.build_mesh("cpu")
+    dims.build_expert_mesh()
+    model = nn.ModuleDict({"moe": MoE(DIM, 16, router=Router(DIM, N_EXPERTS, 2))})
+    plan = ParallelPlan(fsdp_units=(), blocks="moe", experts="moe")
+    apply_expert_parallel(model, plan=plan, dims=dims, backend="standard")
+    apply_activation_checkpoint(model, plan=plan, section=ActivationCheckpointConfig(mode="full"))
+    with _CountOps() as forward:
+        out, _ = model["moe"](torch.randn(1, TOKENS, DIM, requires_grad=True))
+    with _CountOps() as backward:
+        out.sum().backward()
+    return [(ops.counts[COPY_TO_HOST], ops.counts[EXCHANGE]) for ops in (forward, backward)]
+
+
+def test_recomputation_has_the_numbers_of_rows_and_waits_for_none() -> None:
+    # Counts, rows, gates, results; then these but the counts again, and their gradients.
+    assert run_distributed(_count_in_recomputation, 2, reuse=True) == [[(1, 4), (0, 3 + 3)]] * 2
 
 
 # --- compiled ---

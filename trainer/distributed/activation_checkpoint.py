@@ -25,6 +25,7 @@ from models.common.grouped_mm import GROUPED_MM
 from models.common.router import Router
 from models.plan import ParallelPlan, match_modules
 from trainer.config.schema_parallel import ActivationCheckpointConfig
+from trainer.distributed.expert_dispatch import COPY_TO_HOST
 from trainer.distributed.flop_formulas import register_flop_formulas
 from trainer.distributed.sequence_collectives import EXCHANGE_HEADS, SUM_COUNTS
 from trainer.distributed.sharded_attention import OPERATION as SHARDED_ATTENTION
@@ -41,8 +42,10 @@ _MATMULS: dict[Any, Callable[[torch.Size], tuple[int, ...]]] = {
     GROUPED_MM: lambda shape: _transpose(shape),
 }
 
-# What decides which experts work on which token, and numbers that all ranks had to meet for.
-_CHOICES = {torch.ops.aten.topk.default, SUM_COUNTS}
+_EXCHANGE = torch.ops._c10d_functional.all_to_all_single.default
+
+# What decides which experts work on which token, and numbers that all ranks had to meet for, or the host had to wait for.
+_CHOICES = {torch.ops.aten.topk.default, SUM_COUNTS, COPY_TO_HOST}
 
 # Kept always: attention and communication cost much time for the size of what they return. The maximum is that of float8
 # scaling: one number that cost a pass over a tensor.
@@ -54,7 +57,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten.max.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_to_all_single.default,
+    _EXCHANGE,
     flex_attention,
     SHARDED_ATTENTION,
     EXCHANGE_HEADS,  # but not the gathered keys and values, which are larger by the degree
@@ -100,6 +103,8 @@ def apply_activation_checkpoint(
     checkpointed = [name for place, name in enumerate(names) if (_get_number(name, place) + 1) % every == 0]
     # Selection sees every operation, those of FSDP's hooks around the experts too, which differ from pass to pass.
     pieces = plan.list_pieces(modules, spreads_experts=spreads_experts and by_operation)
+    if compiles_blocks and spreads_experts and not by_operation:
+        _keep_memory_of_choices()
     for name in checkpointed:
         block = modules[name]
         contexts: Contexts | None = None
@@ -168,9 +173,20 @@ def _build_contexts(otherwise: CheckpointPolicy) -> Contexts:
     """Return the contexts that keep choices. otherwise: what becomes of all else."""
 
     def decide(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _CHOICES else otherwise
+        is_of_counts = op is _EXCHANGE and not args[0].is_floating_point()
+        return CheckpointPolicy.MUST_SAVE if is_of_counts or op in _CHOICES else otherwise
 
     return functools.partial(create_selective_checkpoint_contexts, decide)
+
+
+def _keep_memory_of_choices() -> None:
+    """Have inductor write to each piece of memory once. Where experts are on several ranks, blocks are recomputed outside of
+    graphs, and the choice, an operation that a graph of inductor's calls, is kept by its memory: later kernels must leave that alone.
+    """
+    import torch._inductor.config as inductor_config
+
+    inductor_config.allow_buffer_reuse = False
+    inductor_config.inplace_buffers = False
 
 
 def _keep_choices(model: nn.Module, section: ActivationCheckpointConfig) -> None:

@@ -65,7 +65,8 @@ class _Journey(NamedTuple):
 class ExchangingDispatcher(TokenDispatcher):
     """Rows travel by all-to-alls of the process group's backend, each rank sending as many as it has.
 
-    The host has to know these numbers: it waits for them once in a forward pass, while the device copies the rows.
+    The host has to know these numbers: it waits for them once in a forward pass, while the device copies the rows. A forward
+    pass that is recomputed has them.
     """
 
     def __init__(self, axis: TensorAxis) -> None:
@@ -186,20 +187,37 @@ class _Arrive(torch.autograd.Function):
         return grad, None  # in place of it: rows that return are not as many as arrived
 
 
-def _start_copy_to_host(numbers: Tensor) -> Callable[[], list[list[int]]]:
-    """Start to copy a small matrix to the host. What is returned waits for it, but not for work that is given to the device later."""
+@torch.library.custom_op("bloomery::copy_to_host", mutates_args=())
+def _copy_to_host(numbers: Tensor) -> Tensor:
+    """Return a copy on the host, under way where `_copies` has it. An operation, whose result recomputation can keep."""
     if not numbers.is_cuda:
-        return numbers.tolist
+        return numbers.clone()
     copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     copy.copy_(numbers, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    _copies[copy.data_ptr()] = torch.cuda.Event()
+    _copies[copy.data_ptr()].record()
+    return copy
+
+
+_copies: dict[int, torch.cuda.Event] = {}
+"""When what was just begun to be copied is there, by its address."""
+
+
+def _start_copy_to_host(numbers: Tensor) -> Callable[[], list[list[int]]]:
+    """Start to copy a small matrix to the host. What is returned waits for it, but not for work that is given to the device later."""
+    copy = _copy_to_host(numbers)
+    copied = _copies.pop(copy.data_ptr(), None)  # None, too, where recomputation has the copy of the forward pass
 
     def wait() -> list[list[int]]:
-        copied.synchronize()
+        if copied is not None:
+            copied.synchronize()
         return copy.tolist()
 
     return wait
+
+
+COPY_TO_HOST = torch.ops.bloomery.copy_to_host.default
+"""An operation, for tables that list some."""
 
 
 # Sorting what arrived.
