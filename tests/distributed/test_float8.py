@@ -1,12 +1,15 @@
 """Float8 spread over processes: near to bf16 whatever it is combined with, and the same where nothing but the way differs."""
 
+import collections
 import dataclasses
 import functools
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.llama3.args import LlamaArgs
 from tests.distributed.cases import BF16, EAGER_COMPILE, EXPERT_ARGS, Case, Outcome, run_case, run_reference
@@ -128,6 +131,37 @@ def test_tensor_parallel_rowwise_and_with_fewer_heads_than_ranks() -> None:
             assert (gradient - exact).norm() <= TOLERANCES[name][1] * exact.norm(), parameter
 
 
+class _CountGathered(TorchDispatchMode):
+    """Counts the numbers that all-gathers bring, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: collections.Counter = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.numbers[args[0].dtype] += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def count_gathered(cases: list[Case]) -> dict[str, collections.Counter]:
+    counted = {}
+    for case in cases:
+        with _CountGathered() as mode:
+            run_case(case)
+        counted[case.name] = mode.numbers
+    return counted
+
+
+def test_tensor_parallel_ranks_gather_bytes_in_place_of_bf16() -> None:
+    """Else all goes well, and nothing is faster."""
+    cases = [case(name, 2, {"recipe_name": name, **EMULATED}, TP, base=SHALLOW) for name in ("tensorwise", "rowwise")]
+    for counted in run_distributed(count_gathered, 2, cases, reuse=True):
+        tensorwise, rowwise = counted["tensorwise"], counted["rowwise"]
+        assert rowwise[torch.uint8] == 0
+        assert tensorwise[torch.uint8] == rowwise[torch.bfloat16] - tensorwise[torch.bfloat16] > 0
+
+
 @pytest.mark.exhaustive
 def test_model_with_experts_has_them_or_its_other_layers_in_float8() -> None:
     """Its latent attention has matrices that tensor parallelism does not cut."""
@@ -183,16 +217,21 @@ def test_experts_are_measured_alike_however_they_are_spread() -> None:
     cases = [
         Case("fsdp", 4, activation_checkpoint=full, **more),
         Case("ep", 4, {"expert_parallel_degree": 4}, microbatches=2, activation_checkpoint=full, **more),
-        Case("compiled", 4, {**TP, **expert_parallel}, compile=EAGER_COMPILE, activation_checkpoint=AC, **more),
         Case("etp", 4, {**TP, **expert_parallel, "expert_tensor_parallel_degree": 2}, **more),
+        Case("cp", 4, {"context_parallel_degree": 2, **expert_parallel}, **more),
         # The first of the stages has no experts.
         Case(
             "pp", 4, {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2, **expert_parallel}, **more
         ),
     ]
-    (expected,) = measure_cases([Case("one", 1, **more)]).values()
+    compiled = Case("compiled", 2, expert_parallel, compile=EAGER_COMPILE, **more)
+    (expected,) = run_distributed(measure_cases, 1, [Case("one", 1, **more)], reuse=True)[0].values()
     assert len(expected) == 2 + 3 * 3 * 4
-    for rank, of_rank in enumerate(run_distributed(measure_cases, 4, cases, timeout=280, reuse=True)):
+    results = [
+        *run_distributed(measure_cases, 4, cases, timeout=280, reuse=True),
+        *run_distributed(measure_cases, 2, [compiled], timeout=280, reuse=True),
+    ]
+    for rank, of_rank in enumerate(results):
         for name, metrics in of_rank.items():
             is_without = name == "pp" and rank < 2
             assert metrics.keys() == {key for key in expected if key.count("/") == 1 or not is_without}, (rank, name)

@@ -115,6 +115,14 @@ def test_routers_stay():
     assert not any(name.endswith("router.gate") for name in names)
 
 
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_compiled_norms_round_what_scales_by_rows_see(name):
+    """Else the loss is NaN after some dozen steps (pytorch issue 150859)."""
+    with torch._inductor.config.patch(emulate_precision_casts=False):
+        apply(build(), recipe_name=name, emulate=True)
+        assert torch._inductor.config.emulate_precision_casts == name.startswith("rowwise")
+
+
 def test_gpu_without_float8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

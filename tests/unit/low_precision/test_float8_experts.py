@@ -52,6 +52,17 @@ def test_each_group_is_multiplied_as_one_matrix_is() -> None:
         torch.testing.assert_close(its_grad, g.t() @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_zeros_stay_zeros_and_what_is_not_finite_shows_in_its_row_alone() -> None:
+    rows, weights = torch.randn(6, DIM), torch.randn(2, HIDDEN, DIM)
+    rows[1], rows[4, 3], weights[1] = 0.0, float("inf"), 0.0
+    rows.requires_grad_()
+    out = GroupedProduct(build_expert_recipe(SECTION))(rows, weights, torch.tensor([3, 6], dtype=torch.int32))
+    out[[0, 1, 2, 3, 5]].sum().backward()
+    assert out[[1, 3, 5]].count_nonzero() == 0
+    assert out.isfinite().all(dim=1).tolist() == [True, True, True, True, False, True]
+    assert rows.grad.isfinite().all()
+
+
 def run(*, float8: bool = True, recomputes: bool = False, compiles: bool = False) -> list[Tensor]:
     """Output and gradients of a mixture."""
     torch.manual_seed(0)
