@@ -25,8 +25,9 @@ import torch.distributed as dist
 from trainer.config.schema_parallel import CommConfig
 from trainer.distributed.stop_signals import StopRequestedError, StopSignals
 from trainer.distributed.watchdog_early_stop import EarlyStop
-from trainer.distributed.watchdog_host import Bell, get_process_namespace, get_process_state
+from trainer.distributed.watchdog_host import Bell, get_process_namespace
 from trainer.distributed.watchdog_message import Cause, describe, describe_lost_store, find_cause, has_answered
+from trainer.distributed.watchdog_neighbours import Neighbours
 from trainer.distributed.watchdog_report import (
     Line,
     Report,
@@ -152,11 +153,9 @@ class _Watch:
         self._still_since = time.monotonic()
         self._next_reading = 0.0
         self._is_waiting = False
-        # The other processes of this host, whose death can be seen at once.
-        self._neighbours: dict[int, Report] = {}
-        self._has_met_all = False
-        self._first: Report | None = None
-        self._is_second_host = False
+        self._neighbours = Neighbours(
+            self._line, rank=rank, world_size=world_size, host=self._host, namespace=self._namespace
+        )
         self._begin_incident(0)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -215,7 +214,7 @@ class _Watch:
             patience = 1.0 + (0.0 if self._end == "finished" else self._watchdog.interval)
             if not self._watchdog.at[0]:  # they read at their next heartbeat, and then may take their time
                 patience += self._watchdog.interval + _LEAVE_SECONDS
-            count = self._world_size - len(self._find_dead_neighbours())
+            count = self._world_size - len(self._neighbours.find_dead())
             wait_until(lambda: self._line.add("closed", 0) >= count, patience)
 
     # --- the thread ---
@@ -240,7 +239,7 @@ class _Watch:
     def _look(self) -> None:
         """Give a sign of life, see whether something is wrong here or elsewhere, and act on it."""
         try:
-            self._meet_neighbours()
+            self._neighbours.meet()
             was_concerned = self._concerned_since is not None
             is_concerned = self._is_concerned()
             if is_concerned and not was_concerned:
@@ -264,7 +263,7 @@ class _Watch:
 
     def _is_concerned(self) -> bool:
         """Return whether this rank has reason to call the others."""
-        return self._end.startswith("lost") or bool(self._find_dead_neighbours()) or self._waits_too_long()
+        return self._end.startswith("lost") or bool(self._neighbours.find_dead()) or self._waits_too_long()
 
     def _waits_too_long(self) -> bool:
         """Return whether the main thread, or its device, has been in one collective for too long."""
@@ -306,47 +305,7 @@ class _Watch:
             wait=find_wait(stack, is_over=bool(self._lost_in)),
             begun=count_begun(),
         )
-        return self._add_states(report)
-
-    def _add_states(self, report: Report) -> Report:
-        """Return the report with what the other processes of this host do now."""
-        states = {rank: get_process_state(other.pid) for rank, other in self._neighbours.items()}
-        gone = tuple(rank for rank, state in states.items() if state == "gone")
-        stopped = tuple(rank for rank, state in states.items() if state == "stopped")
-        return dataclasses.replace(report, gone=gone, stopped=stopped)
-
-    # --- processes of this host ---
-
-    def _meet_neighbours(self) -> None:
-        """Get to know the other processes of this host, once they have started. Ranks of a host follow each other."""
-        if self._has_met_all:
-            return
-        self._first = self._read(0)
-        for step in (-1, 1):
-            rank = self._rank + step
-            while 0 <= rank < self._world_size:
-                report = self._read(rank)
-                if report is None or self._first is None:
-                    return  # look again at the next heartbeat
-                if (report.host, report.namespace) != (self._host, self._namespace):
-                    self._is_second_host |= step == -1 and report.host == self._first.host
-                    break
-                self._neighbours[rank] = report
-                rank += step
-        self._has_met_all = True
-
-    def _read(self, rank: int) -> Report | None:
-        return self._line.read_reports([rank]).get(rank)
-
-    def _find_dead_neighbours(self) -> list[int]:
-        """Return the ranks of this host whose process is gone and did not say that it goes, or failed."""
-        gone = [rank for rank, report in self._neighbours.items() if get_process_state(report.pid) == "gone"]
-        with contextlib.suppress(NoAnswerError):
-            for rank in gone:
-                if not self._neighbours[rank].end:
-                    self._neighbours[rank] = self._read(rank) or self._neighbours[rank]
-        ends = {rank: self._neighbours[rank].end for rank in gone}
-        return [rank for rank, end in ends.items() if not end or end.startswith("failed")]
+        return self._neighbours.add_states(report)
 
     # --- the message ---
 
@@ -375,7 +334,7 @@ class _Watch:
         end = time.monotonic() + seconds
         while True:
             # Processes first: what one that is gone has said last is then there to be read.
-            own = self._add_states(own)
+            own = self._neighbours.add_states(own)
             reports |= self._line.read_reports(rank for rank in ranks if not self._has_answered(reports.get(rank)))
             reports[self._rank] = own
             gone = {rank for report in reports.values() for rank in report.gone}
@@ -413,11 +372,13 @@ class _Watch:
 
     def _tell_of_store(self) -> None:
         """Log that the store is gone, if it falls to this rank: without one the ranks cannot agree on who speaks."""
-        states = {rank: get_process_state(report.pid) for rank, report in self._neighbours.items()}
+        states = self._neighbours.get_states()
         is_lowest_here = all(states[rank] != "running" for rank in states if rank < self._rank)
         is_only_host = len(states) == self._world_size - 1
-        message = describe_lost_store(self._first, self._make_report(in_full=True), state=states.get(0, "running"))
-        if is_lowest_here and (is_only_host or self._is_second_host):
+        message = describe_lost_store(
+            self._neighbours.first, self._make_report(in_full=True), state=states.get(0, "running")
+        )
+        if is_lowest_here and (is_only_host or self._neighbours.is_second_host):
             logger.error(message)
         self._settle(message)
 
@@ -428,7 +389,7 @@ class _Watch:
             return True
         if self._end == "SIGTERM":
             return False  # the main thread is on its way
-        if self._end or self._is_settled.is_set() or self._find_dead_neighbours():
+        if self._end or self._is_settled.is_set() or self._neighbours.find_dead():
             return True
         try:
             return self._line.has(self._key("message"))
@@ -441,9 +402,9 @@ class _Watch:
         self._end = self._end or "SIGTERM"
         try:
             self._line.post(self._make_report(in_full=True))
-            self._meet_neighbours()  # in the first seconds not all have been met
-            if not has_failed and not self._is_settled.is_set() and self._find_dead_neighbours():
-                here = sorted([self._rank, *self._neighbours])
+            self._neighbours.meet()  # in the first seconds not all have been met
+            if not has_failed and not self._is_settled.is_set() and self._neighbours.find_dead():
+                here = sorted([self._rank, *self._neighbours.ranks])
                 cause, reports = self._gather(here, seconds=_GRACE_SECONDS, only_certain=True)
                 if cause is not None:
                     self._say(cause, reports)
