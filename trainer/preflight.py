@@ -121,17 +121,11 @@ def find_preflight_problems(config: JobConfig) -> Iterator[Problem]:
 
     Names that the user's module (`experimental.custom_import`) may register are accepted: the module is not imported.
     """
-    yield from _check_custom_import(config)
-    yield from _check_tables(config)
+    yield from find_layout_problems(config)
     yield from _check_data_sets(config)
     yield from _check_stores(config)
     yield from _check_hugging_face(config)
-    args, problems = _find_args(config)
-    yield from problems
-    if args is not None:
-        yield from _check_args(args, config)
-        yield from _check_parallelism(args, config)
-    yield from _check_tokenizer(args, config)
+    yield from _check_tokenizer(_find_args(config)[0], config)
 
 
 def find_layout_problems(config: JobConfig) -> Iterator[Problem]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.common.attention import attention_kernels
-from trainer.build_model import build_model
+from trainer.build_model import BuiltModel, build_model
+from trainer.build_passes import build_run_passes
 from trainer.components.attention_report import log_attention_kernel
 from trainer.components.checkpoint import CheckpointManager
 from trainer.components.data.build import build_dataloader, build_validation_loader
@@ -25,12 +26,11 @@ from trainer.components.garbage_collection import GarbageCollection
 from trainer.components.hardware import use_device
 from trainer.components.hf_checkpoint import build_hugging_face
 from trainer.components.launch import Launch
-from trainer.components.loss import build_loss
 from trainer.components.lr_scheduler import build_lr_scheduler
 from trainer.components.metrics import MetricsLogger, Workload
 from trainer.components.nonfinite import NonFiniteError, RollBackError, build_nonfinite_guard
 from trainer.components.optimizer import build_optimizer
-from trainer.components.passes import Passes, build_passes, sum_of
+from trainer.components.passes import Passes, sum_of
 from trainer.components.poisoned import PoisonedBatches
 from trainer.components.prediction_losses import PredictionLosses
 from trainer.components.profiling import build_profiler
@@ -41,10 +41,8 @@ from trainer.components.train_state import TrainState
 from trainer.components.validation import Validator
 from trainer.config.changes import describe_sections, describe_settings
 from trainer.config.schema import JobConfig
-from trainer.distributed.compile import compiles_model
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
-from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.process_group import check_same_on_all_ranks, init_process_group, open_store, set_timeouts
 from trainer.distributed.startup_probe import run_startup_probe
 from trainer.distributed.stop_signals import StopSignals
@@ -96,12 +94,13 @@ class Trainer(AbstractContextManager):
         self.nonfinite.poisoned = PoisonedBatches(self.dump_folder, self.dataloader)
         self.stragglers = Stragglers(device=self.device, threshold=config.metrics.straggler_threshold)
 
-        self.model_args, self.model, stages, names = self._build_model()
+        built = self._build_model()
+        self.model_args, self.model = built.args, built.model
         self.float8 = build_float8_training(
             self.model, converters=config.model.converters, quantize=config.quantize, dims=self.dims, device=self.device
         )
-        self.passes = self._build_passes(stages)
-        self.optimizers = build_optimizer(self.model, section=config.optimizer, all_names=names)
+        self.passes = self._build_passes(built)
+        self.optimizers = build_optimizer(self.model, section=config.optimizer, all_names=built.names)
         self.expert_balance = build_expert_balance(
             self.model,
             args=self.model_args,
@@ -407,39 +406,18 @@ class Trainer(AbstractContextManager):
         section = self.config.validation
         return build_validation_loader(validation=section, **self._get_loader_options()) if section.enable else None
 
-    def _build_model(self) -> tuple[Any, nn.Module, list[Stage], list[str]]:
-        """Build the network on the meta device, spread it over the ranks, and give it its first weights.
-
-        Returns: its args; the network, or what this rank has of it; its pipeline stages here, if any; and the names of all
-        parameters, elsewhere too.
-        """
+    def _build_model(self) -> BuiltModel:
+        """Build the network on the meta device, spread it over the ranks, and give it its first weights."""
         config = self.config
-        args, model, stages, names = build_model(config, self.dims)
+        built = build_model(config, self.dims)
         weight_device = torch.device("cpu") if config.training.enable_cpu_offload else self.device
-        init_weights(model, seed=self.seed, device=weight_device, buffer_device=self.device)
-        model.train()
-        logger.info("%s %s: %s parameters", config.model.name, config.model.flavor, f"{args.n_params():,}")
-        return args, model, stages, names
+        init_weights(built.model, seed=self.seed, device=weight_device, buffer_device=self.device)
+        built.model.train()
+        logger.info("%s %s: %s parameters", config.model.name, config.model.flavor, f"{built.args.n_params():,}")
+        return built
 
-    def _build_passes(self, stages: list[Stage]) -> Passes:
-        config = self.config
-        loss_fn = build_loss(
-            chunk_size=config.training.loss_chunk_size,
-            compilation=config.compile,
-            parallelism=config.parallelism,
-            dims=self.dims,
-        )
-        return build_passes(
-            self.model,
-            stages,
-            args=self.model_args,
-            loss_fn=loss_fn,
-            dims=self.dims,
-            parallelism=config.parallelism,
-            training=config.training,
-            splits_backward=config.activation_checkpoint.mode == "none" and not compiles_model(config.compile),
-            device=self.device,
-        )
+    def _build_passes(self, built: BuiltModel) -> Passes:
+        return build_run_passes(self.config, built, dims=self.dims, device=self.device)
 
     def _build_checkpointer(self) -> CheckpointManager:
         section = self.config.checkpoint

@@ -22,6 +22,7 @@ FLOORS = {
     "trainer/parallelize.py": 2.5,
     "trainer/components/": 3,
     "trainer/build_model.py": 2.7,
+    "trainer/build_passes.py": 3.5,
     "trainer/planner/": 4,
     "trainer/preflight.py": 4,
     "trainer/preflight_low_precision.py": 4,
@@ -38,6 +39,7 @@ MAY_NAME_JOB_CONFIG = {
         "trainer/preflight.py",
         "trainer/parallelize.py",
         "trainer/build_model.py",
+        "trainer/build_passes.py",
     ),
     *(f"trainer/planner/{name}.py" for name in ("dry_run", "main", "plan", "search")),
 }

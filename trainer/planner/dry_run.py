@@ -16,15 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainer.build_model import BuiltModel, build_model
+from trainer.build_passes import build_run_passes
 from trainer.components.expert_balance import build_expert_balance
-from trainer.components.loss import build_loss
 from trainer.components.optimizer import Optimizers, build_optimizer
-from trainer.components.passes import Passes, build_passes, sum_of
+from trainer.components.passes import sum_of
 from trainer.config.pipeline_layout import PipelineLayout
 from trainer.config.schedule_actions import Action
 from trainer.config.schema import JobConfig
 from trainer.distributed import pipeline_parallel
-from trainer.distributed.compile import compiles_model
 from trainer.distributed.fsdp import choose_accumulation
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
@@ -129,23 +128,7 @@ class _Step:
         self.float8 = build_float8_training(
             model, converters=config.model.converters, quantize=config.quantize, dims=dims, device=_DEVICE
         )
-        loss_fn = build_loss(
-            chunk_size=config.training.loss_chunk_size,
-            compilation=config.compile,
-            parallelism=config.parallelism,
-            dims=dims,
-        )
-        self.runner: Passes = build_passes(
-            model,
-            self.built.stages,
-            args=self.built.args,
-            loss_fn=loss_fn,
-            dims=dims,
-            parallelism=config.parallelism,
-            training=config.training,
-            splits_backward=config.activation_checkpoint.mode == "none" and not compiles_model(config.compile),
-            device=_DEVICE,
-        )
+        self.runner = build_run_passes(config, self.built, dims=dims, device=_DEVICE)
         self.optimizers: Optimizers = build_optimizer(model, section=config.optimizer, all_names=self.built.names)
         self.balance = build_expert_balance(
             model, args=self.built.args, dims=dims, device=_DEVICE, force_load_balance=True
