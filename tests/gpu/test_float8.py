@@ -168,7 +168,7 @@ def test_recipes_give_the_bits_of_torchao(linear: nn.Linear) -> None:
 
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
 def test_experts_equal_emulated_ones(compiles: bool) -> None:
-    """Groups of any size, an empty one among them, and rows that are nobody's."""
+    """Groups of any size, an empty one among them, and rows that are nobody's. So does what is measured."""
     torch._dynamo.reset()
     ends = torch.tensor([5, 5, 132, 700], dtype=torch.int32, device="cuda")
     generator = torch.Generator("cuda").manual_seed(1)
@@ -178,8 +178,9 @@ def test_experts_equal_emulated_ones(compiles: bool) -> None:
     )
     rows[700:], grad[700:] = float("nan"), float("nan")
     results = []
+    sections = (Float8GroupedMMConfig(emulate=emulate, measure_freq=1) for emulate in (True, False))
     emulated, real = (
-        GroupedProduct(build_expert_recipe(Float8GroupedMMConfig(emulate=emulate)), "cuda") for emulate in (True, False)
+        GroupedProduct(build_expert_recipe(section)._replace(measures=True), "cuda") for section in sections
     )
     for product in (emulated, torch.compile(real, fullgraph=True) if compiles else real):
         x, w = rows.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -189,6 +190,9 @@ def test_experts_equal_emulated_ones(compiles: bool) -> None:
         results.append([y.detach()[:700], x.grad[:700], w.grad])
     for actual, expected in zip(results[1], results[0], strict=True):
         assert relative_error(actual, expected) < 5e-3
+    for measured, expected in zip(real.get_state(), emulated.get_state(), strict=True):
+        assert torch.equal(measured, expected)
+    assert real.counts_input[0] == 700 * 256
 
 
 @pytest.mark.parametrize("pads", [False, True])

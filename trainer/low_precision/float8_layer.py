@@ -30,6 +30,7 @@ class Float8Layer(nn.Module):
     scale_input: Tensor
     scale_weight: Tensor
     amax_weight: Tensor
+    counts_input: Tensor
     counts_weight: Tensor
 
     def get_current_recipe(self) -> Recipe:
