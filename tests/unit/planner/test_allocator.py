@@ -47,3 +47,23 @@ def test_request_takes_the_smallest_block_that_fits():
     allocator.allocate(4, 40 * MIB, "compute")
     allocator.allocate(5, 60 * MIB, "compute")
     assert allocator.reserved == 120 * MIB
+
+
+def test_among_equal_blocks_the_first_is_taken_and_the_last_of_the_range_only_if_there_is_no_other():
+    allocator = CachingAllocator()
+    for key in range(5):
+        allocator.allocate(key, 20 * MIB, "compute")
+    allocator.free(3)
+    allocator.free(1)
+    allocator.allocate(5, 20 * MIB, "compute")  # takes the place of 1, so that those of 3 and 4 become one
+    allocator.free(4)
+    allocator.allocate(6, 40 * MIB, "compute")
+    assert allocator.reserved == 100 * MIB
+    allocator = CachingAllocator()
+    for key, size in enumerate((60, 20, 40)):
+        allocator.allocate(key, size * MIB, "compute")
+    allocator.free(0)
+    allocator.free(2)
+    allocator.allocate(3, 40 * MIB, "compute")  # the end fits as well, and better, but grows for the next
+    allocator.allocate(4, 60 * MIB, "compute")
+    assert allocator.reserved == 140 * MIB
