@@ -5,15 +5,24 @@ fake tensors kernel by kernel, so that what they keep and what they need is know
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.decomposition import select_decomp_table
 
-from trainer.planner.graph_plan import Kernel, count_bytes, example_of, get_call, is_view, list_kernels
+from trainer.planner.graph_plan import (
+    Kernel,
+    count_bytes,
+    example_of,
+    get_call,
+    is_number,
+    is_view,
+    list_kernels,
+)
 from trainer.planner.network import Transfer, describe_collective, list_inner_transfers
-from trainer.planner.operations import Work, as_number, describe
+from trainer.planner.operations import Work, as_number, describe, sizes_known
 from trainer.planner.recorder import Recorder
 
 Backend = Callable[..., Any]
@@ -50,9 +59,9 @@ class _PlannedGraph:
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._constants = [node for node in graph.nodes if node.op == "get_attr"]
         self._output = next(node for node in graph.nodes if node.op == "output")
-        self._steps = [
-            (kernel, _describe_kernel(kernel), _list_inner_transfers(kernel)) for kernel in list_kernels(graph)
-        ]
+        self._kernels = list_kernels(graph)
+        self._steps: dict[tuple[int, ...], list[_Step]] = {}
+        """By the sizes that the graph leaves open."""
 
     def run(self, args: list[Any]) -> list[Any]:
         """Take the steps of the graph. args: its inputs, which are let go of where the graph reads them last."""
@@ -60,7 +69,16 @@ class _PlannedGraph:
         args.clear()
         for node in self._constants:
             values[node] = getattr(self._module, str(node.target))
-        for kernel, work, transfers in self._steps:
+        sizes = _find_sizes(values)
+        with sizes_known(sizes):
+            return self._take_steps(values, tuple(map(int, sizes.values())))
+
+    def _take_steps(self, values: dict[fx.Node, Any], sizes: tuple[int, ...]) -> list[Any]:
+        if sizes not in self._steps:
+            self._steps[sizes] = [
+                (kernel, _describe_kernel(kernel), _list_inner_transfers(kernel)) for kernel in self._kernels
+            ]
+        for kernel, work, transfers in self._steps[sizes]:
             node = kernel.node
             if work is None:
                 self._communicate(node, values)
@@ -77,7 +95,15 @@ class _PlannedGraph:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             return self._look(node.all_input_nodes[0], values)
-        return _make(example_of(node))
+        return self._make(example_of(node))
+
+    def _make(self, example: Any) -> Any:
+        if isinstance(example, tuple | list):
+            return tuple(self._make(part) for part in example)
+        if not isinstance(example, Tensor):
+            return example
+        shape, stride = (tuple(map(as_number, sizes)) for sizes in (example.shape, example.stride()))
+        return self._recorder.make(shape, stride, example.dtype)
 
     def _communicate(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """A collective, or the wait for it: on these streams the wait is where the graph says, right behind it."""
@@ -93,6 +119,8 @@ class _PlannedGraph:
         """Return the value of what a graph returns: a result, or a view of one."""
         if not isinstance(part, fx.Node):
             return part
+        if is_number(part):
+            return as_number(example_of(part))
         if part in values:
             return values[part]
         assert is_view(part), f"{part} was not kept"
@@ -101,13 +129,26 @@ class _PlannedGraph:
         return part.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _make(example: Any) -> Any:
-    if isinstance(example, tuple | list):
-        return tuple(_make(part) for part in example)
-    if not isinstance(example, Tensor):
-        return example
-    shape, stride = (tuple(map(as_number, sizes)) for sizes in (example.shape, example.stride()))
-    return torch.empty_strided(shape, stride, dtype=example.dtype, device="cpu")
+_Step = tuple[Kernel, Work | None, list[Transfer]]
+
+
+def _find_sizes(values: dict[fx.Node, Any]) -> dict[Any, sympy.Integer]:
+    """Return the numbers that the symbols in a graph's inputs stand for."""
+    sizes: dict[Any, sympy.Integer] = {}
+    for node, value in values.items():
+        example = example_of(node)
+        if isinstance(example, torch.SymInt):
+            _note_size(sizes, example, value)
+        elif isinstance(example, Tensor):
+            for size, number in zip(example.shape, value.shape, strict=True):
+                if isinstance(size, torch.SymInt):
+                    _note_size(sizes, size, number)
+    return sizes
+
+
+def _note_size(sizes: dict[Any, sympy.Integer], size: torch.SymInt, number: int) -> None:
+    if size.node.expr.is_symbol:
+        sizes[size.node.expr] = sympy.Integer(number)
 
 
 def _list_inner_transfers(kernel: Kernel) -> list[Transfer]:

@@ -33,7 +33,7 @@ from trainer.planner.compiled import build_backend
 from trainer.planner.hardware import Gpu
 from trainer.planner.memory import Memory, replay
 from trainer.planner.recorder import Recorder, Span
-from trainer.planner.stand_ins import deal_tokens_evenly, installed
+from trainer.planner.stand_ins import installed
 
 _DEVICE = torch.device("cpu")
 _BACKEND = "bloomery_planner"
@@ -82,7 +82,7 @@ def run_dry(
         built = build_model(config, dims)
         config = _settle_accumulation(config, built.model, gpu)
         step = _Step(config, dims, built, recorder)
-        with recorder.recording(), installed(recorder):
+        with recorder.recording(), installed(recorder, is_balanced=config.debug.moe_force_load_balance):
             step.prepare()
             if built.stages:
                 step.optimizers.state_dict()  # makes the states: a step of a long pipeline would take as long as all else
@@ -121,7 +121,6 @@ class _Step:
         """Give the model memory, and build what trains it."""
         config, dims = self.config, self.dims
         model = self.built.model
-        deal_tokens_evenly(model)
         materialize(model, _DEVICE, _DEVICE)
         model.init_buffers(_DEVICE)  # type: ignore[operator]
         model.train()
@@ -131,12 +130,17 @@ class _Step:
         self.runner = build_run_passes(config, self.built, dims=dims, device=_DEVICE)
         self.optimizers: Optimizers = build_optimizer(model, section=config.optimizer, all_names=self.built.names)
         self.balance = build_expert_balance(
-            model, args=self.built.args, dims=dims, device=_DEVICE, force_load_balance=True
+            model,
+            args=self.built.args,
+            dims=dims,
+            device=_DEVICE,
+            force_load_balance=config.debug.moe_force_load_balance,
         )
 
     def take(self, n_batches: int) -> None:
         """Take one step."""
         recorder, training = self.recorder, self.config.training
+        recorder.step += 1
         recorder.phase = "forward"
         self.optimizers.zero_grad()
         self.float8.begin_step(1, is_logged=False)

@@ -52,8 +52,13 @@ class Kernel:
     """What has to be in memory: results of other kernels, or inputs."""
     frees: list[fx.Node] = field(default_factory=list)
     """What nobody reads after this."""
-    shared_reads: int = 0
-    """Bytes that the fused kernel before reads as well: the two are one in truth."""
+    shared: list[fx.Node] = field(default_factory=list)
+    """What the fused kernels before have read or made as well: they are one in truth."""
+
+    @property
+    def shared_reads(self) -> int:
+        """Bytes of that."""
+        return sum(map(count_bytes, self.shared))
 
 
 def is_view(node: fx.Node) -> bool:
@@ -75,6 +80,11 @@ def is_unfused(node: fx.Node) -> bool:
     return target.namespace not in ("aten", "prims") or target.overloadpacket in _UNFUSED
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether a node stands for a size, which the host knows, and no tensor."""
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat)
+
+
 def base_of(node: fx.Node) -> fx.Node:
     """Return what a chain of views looks at."""
     while node.op == "call_function" and is_view(node):
@@ -87,20 +97,18 @@ def list_kernels(graph: fx.Graph) -> list[Kernel]:
     output = next(node for node in graph.nodes if node.op == "output")
     returned = {base_of(node) for node in output.all_input_nodes}
     in_memory = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")} | returned
-    calls = [node for node in graph.nodes if node.op == "call_function" and not is_view(node)]
+    calls = [node for node in graph.nodes if node.op == "call_function" and not is_view(node) and not is_number(node)]
     for node in calls:
         if is_unfused(node):
             in_memory.add(node)
-            in_memory.update(base_of(arg) for arg in node.all_input_nodes)
+            in_memory.update(base_of(arg) for arg in node.all_input_nodes if not is_number(arg))
         elif _writes_in_place(node):
             in_memory.add(node)
     sources: dict[fx.Node, frozenset[fx.Node]] = {}
     kernels: list[Kernel] = []
-    for node in graph.nodes:
-        if node.op != "call_function" or is_view(node):
-            continue
+    for node in calls:
         reads: set[fx.Node] = set()
-        for arg in (base_of(arg) for arg in node.all_input_nodes):
+        for arg in (base_of(arg) for arg in node.all_input_nodes if not is_number(arg)):
             reads |= {arg} if arg in in_memory else sources[arg]
         if node in in_memory:
             kernels.append(Kernel(node, not is_unfused(node), sorted(reads, key=lambda n: n.name)))
@@ -132,8 +140,7 @@ def _find_shared_reads(kernels: list[Kernel]) -> None:
         if not kernel.is_fused:
             run = set()
             continue
-        shared = run.intersection(kernel.reads)
-        kernel.shared_reads = sum(map(count_bytes, shared))
+        kernel.shared = [node for node in kernel.reads if node in run]
         run |= {*kernel.reads, kernel.node}
 
 

@@ -1,9 +1,11 @@
 """What an operation asks of a device: floating-point operations by kind, bytes of memory, bytes on the network."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -41,8 +43,30 @@ def describe(operation: Any, args: tuple[Any, ...], outputs: Any, *, name: str =
 
 
 def as_number(value: Any) -> Any:
-    """Return a size as a number. In a graph that Dynamo made for several sizes it is a symbol, whose value is known here."""
-    return value if isinstance(value, int | float) else value.node.hint
+    """Return a size as a number. In a graph that Dynamo made for several sizes it is made of symbols, which `sizes_known` has the
+    values of; where it has not, they are those that the graph was traced with.
+    """
+    if isinstance(value, int | float):
+        return value
+    symbolic = value.node.expr
+    known = symbolic.xreplace(_sizes) if _sizes else symbolic
+    if not known.is_number:
+        return value.node.hint
+    return float(known) if isinstance(value, torch.SymFloat) else int(known)
+
+
+@contextlib.contextmanager
+def sizes_known(sizes: dict[Any, sympy.Integer]) -> Iterator[None]:
+    """Have the symbols of a graph stand for these numbers."""
+    _sizes.update(sizes)
+    try:
+        yield
+    finally:
+        for symbol in sizes:
+            del _sizes[symbol]
+
+
+_sizes: dict[Any, sympy.Integer] = {}
 
 
 def list_tensors(value: Any) -> list[Tensor]:

@@ -106,15 +106,18 @@ def _describe_notes(plan: Plan) -> Iterator[str]:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain data: bytes, seconds, FLOPs, tokens."""
-    data = dataclasses.asdict(plan)
+    ranks = [
+        # Before the copy, which would take longer than all else: a long curve has 100,000 points.
+        dataclasses.replace(rank, memory=dataclasses.replace(rank.memory, curve=_thin_out(rank.memory.curve)))
+        for rank in plan.ranks
+    ]
+    data = dataclasses.asdict(dataclasses.replace(plan, ranks=ranks))
     data |= {"fits": plan.fits, "needed_bytes": plan.needed_bytes}
     for rank in data["ranks"]:
-        rank["memory"]["curve"] = [
-            {"seconds": seconds, **parts} for seconds, parts in _thin_out(rank["memory"]["curve"])
-        ]
+        rank["memory"]["curve"] = [{"seconds": seconds, **parts} for seconds, parts in rank["memory"]["curve"]]
     return data
 
 
-def _thin_out(curve: Sequence[Any], most: int = 500) -> Sequence[Any]:
+def _thin_out(curve: list[Any], most: int = 500) -> list[Any]:
     """Keep every nth point of a long curve."""
     return curve[:: max(1, len(curve) // most)]

@@ -1,16 +1,17 @@
 """What the program does otherwise on a CPU than on a GPU, or cannot do with fake tensors, done as on a GPU."""
 
 import contextlib
+import itertools
+import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common.router import Router
 from models.common.token_dispatch import RowOrder
 from trainer.components import loss
 from trainer.distributed import expert_dispatch
@@ -19,26 +20,17 @@ from trainer.planner.recorder import Recorder
 
 
 @contextlib.contextmanager
-def installed(recorder: Recorder) -> Iterator[None]:
-    """Put all of them in place for a while."""
+def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
+    """Put all of them in place for a while. is_balanced: whether tokens are dealt out in turn (`debug.moe_force_load_balance`)."""
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             (F, "scaled_dot_product_attention", _attend),
             (F, "rms_norm", _normalize),
             (loss, "_accumulate_weight_gradient", _accumulate_weight_gradient_for(recorder)),
-            # One graph for any number of rows would be one of symbols. Tokens are dealt out evenly here, so that one number is enough.
-            (torch._dynamo, "maybe_mark_dynamic", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        stack.enter_context(_even_splits())
+        stack.enter_context(_routing(recorder, 0.0 if is_balanced else _SPREAD))
         yield
-
-
-def deal_tokens_evenly(model: nn.Module) -> None:
-    """Have routers deal tokens out in turn: no fake score can tell where a token goes."""
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.force_load_balance = True
 
 
 def _attend(
@@ -72,23 +64,39 @@ def _accumulate_weight_gradient_for(recorder: Recorder) -> Callable[[Tensor, Ten
     return accumulate
 
 
+_SPREAD = 0.45
+"""Standard deviation of the logarithms of the experts' loads in a layer. The busiest of 64 then has some 2.6 times the mean's, as
+the median layer of the 16B had in its first hundred steps (docs/benchmarks.md: 1.7 to 3)."""
+
+
+def draw_shares(layer: int, step: int, *, n_experts: int, n_ranks: int, spread: float = _SPREAD) -> list[float]:
+    """Return the share of a layer's rows in a step that each rank's experts have. The same numbers give the same shares."""
+    draw = random.Random(f"{layer} of step {step}")
+    loads = [math.exp(draw.gauss(0.0, spread)) for _ in range(n_experts)]
+    here = n_experts // n_ranks
+    return [sum(loads[rank * here : (rank + 1) * here]) / sum(loads) for rank in range(n_ranks)]
+
+
 @contextlib.contextmanager
-def _even_splits() -> Iterator[None]:
-    """Have each rank of expert parallelism send as many rows to each other."""
+def _routing(recorder: Recorder, spread: float) -> Iterator[None]:
+    """Have each rank of expert parallelism send as many rows to each other as a router might that is not in balance: no fake score can
+    tell where a token goes. All microbatches of a step are alike, so that what is recomputed is as large as it was.
+    """
     send = expert_dispatch.ExchangingDispatcher.send
-    rows = 0
+    numbers: dict[int, int] = {}
+    splits: list[list[int]] = []
 
     def noting_rows(self: Any, tokens: Tensor, gates: Tensor, order: RowOrder) -> Any:
-        nonlocal rows
-        rows = order.slots.shape[0]
+        layer = numbers.setdefault(id(self), len(numbers))
+        rows, n_experts = order.slots.shape[0], order.counts.shape[0]
+        shares = draw_shares(layer, recorder.step, n_experts=n_experts, n_ranks=self.axis.degree, spread=spread)
+        ends = [round(rows * share) for share in itertools.accumulate(shares)]
+        sent = [end - begin for begin, end in itertools.pairwise((0, *ends))]
+        splits[:] = sent, [sent[self.axis.rank]] * self.axis.degree
         return send(self, tokens, gates, order)
-
-    def known_numbers(numbers: Tensor) -> Callable[[], list[list[int]]]:
-        ranks = numbers.shape[1]
-        return lambda: [[rows // ranks] * ranks] * 2
 
     with (
         mock.patch.object(expert_dispatch.ExchangingDispatcher, "send", noting_rows),
-        mock.patch.object(expert_dispatch, "_start_copy_to_host", known_numbers),
+        mock.patch.object(expert_dispatch, "_start_copy_to_host", return_value=lambda: list(splits)),
     ):
         yield

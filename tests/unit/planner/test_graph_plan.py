@@ -1,9 +1,11 @@
 """Which results of a graph come to exist, and when they are freed."""
 
+import sympy
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from trainer.planner.graph_plan import list_kernels
+from trainer.planner.graph_plan import count_bytes, example_of, list_kernels
+from trainer.planner.operations import sizes_known
 
 
 def trace(function, *shapes):
@@ -43,3 +45,17 @@ def test_kernels_in_a_row_read_what_they_share_once():
 
     first, second = list_kernels(trace(f, (4, 8)))
     assert (first.shared_reads, second.shared_reads) == (0, 4 * 8 * 4)
+
+
+def test_sizes_that_a_graph_leaves_open_are_no_kernels_and_are_counted_as_they_are_known():
+    def f(x, w):
+        rows = x.shape[0] * 2
+        return x.new_zeros(rows, 2) + (x @ w).repeat(2, 1), rows
+
+    inputs = [torch.empty(shape, device="meta") for shape in ((4, 8), (8, 2))]
+    graph = make_fx(f, tracing_mode="symbolic")(*inputs).graph
+    product, result = list_kernels(graph)
+    assert (count_bytes(product.node), count_bytes(result.node)) == (4 * 2 * 4, 8 * 2 * 4)
+    (symbol,) = example_of(product.node).shape[0].node.expr.free_symbols
+    with sizes_known({symbol: sympy.Integer(100)}):
+        assert (count_bytes(product.node), count_bytes(result.node)) == (100 * 2 * 4, 200 * 2 * 4)
