@@ -23,6 +23,7 @@ _SIX_LAYERS = ("none", "--model.flavor", "6 layers of 16B", "--training.local_ba
 _PP = ("--parallelism.pipeline_parallel_degree", "2")
 _TP = ("--parallelism.tensor_parallel_degree", "2")
 _CP = ("--parallelism.context_parallel_degree", "2")
+_ONE_B = ("--job.config_file", str(_CONFIGS / "llama3_1b.toml"), "--activation_checkpoint.mode", "none")
 _SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 _FULL = ("--activation_checkpoint.mode", "full", "--parallelism.context_parallel_degree")
 
@@ -65,6 +66,8 @@ ROWS = (
     Row("8 layers, TP 2", 2, (*_LAYERS, "8", *_TP), 65.1, 34219),
     Row("8 layers, CP 2", 2, (*_LAYERS, "8", *_CP), 64.0, 35287),
     Row("8 layers, CP 2, Ulysses", 2, (*_LAYERS, "8", *_CP, "--parallelism.context_parallel_method", "ulysses"), 66.4, 34581),
+    Row("Llama 1B, documents", 2, (*_ONE_B, "--model.attn_mask_type", "block_causal"), 54.4, 54440),
+    Row("Llama 1B, CPU offload", 2, (*_ONE_B, "--training.enable_cpu_offload"), 46.0, 19381),
     Row("6 layers of DeepSeek-V3 16B", 1, (*_DEEPSEEK, *_SIX_LAYERS), 82.0, 87876),
     Row("6 layers of 16B, FSDP 2", 2, (*_DEEPSEEK, *_SIX_LAYERS), 58.3, 90324),
     Row("6 layers of 16B, EP 2", 2, (*_DEEPSEEK, *_SIX_LAYERS, "--parallelism.expert_parallel_degree", "2"), 57.3, 84521),

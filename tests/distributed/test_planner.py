@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed.planner_table import ROWS, compare
 from trainer.config.manager import load_config
-from trainer.planner.hardware import GIB
+from trainer.planner.hardware import GIB, GPUS
 from trainer.planner.main import answer
 from trainer.planner.plan import Plan, make_plan
 
@@ -48,6 +48,15 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     gathered = next(entry for entry in plain.transfers if entry.kind == "all-gather")
     assert gathered.bytes >= 2 * plain.parameters  # bf16, each weight once or twice
     assert plain.fits
+    offloaded = plan([*debug, "--training.enable_cpu_offload", "--model.attn_mask_type", "block_causal"], 8)
+    parts = offloaded.worst.memory.parts
+    assert parts["parameters"] < 0.1 * n_bytes  # buffers
+    assert parts["optimizer"] == parts["gradients"] == 0
+    assert offloaded.worst.memory.reserved < plain.worst.memory.reserved
+    # Shards there, in the forward pass and in the backward pass, gradients back.
+    copied = GPUS["H200"].pcie_bandwidth * offloaded.busy_seconds["host copy"]
+    assert 2 * n_bytes <= copied <= 3.1 * n_bytes
+    assert offloaded.step_seconds > plain.step_seconds + 0.5 * offloaded.busy_seconds["host"]
 
 
 def test_answer_is_no_where_memory_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ from trainer.low_precision.float8_training import build_float8_training
 from trainer.planner.compiled import build_backend
 from trainer.planner.hardware import Gpu
 from trainer.planner.memory import Memory, replay
+from trainer.planner.offload import offloading
 from trainer.planner.recorder import Recorder, Span
 from trainer.planner.stand_ins import installed
 
@@ -82,10 +83,12 @@ def run_dry(
         built = build_model(config, dims)
         config = _settle_accumulation(config, built.model, gpu)
         step = _Step(config, dims, built, recorder)
-        with recorder.recording(), installed(recorder, is_balanced=config.debug.moe_force_load_balance):
+        offload = offloading(recorder) if step.is_offloaded else contextlib.nullcontext()
+        with recorder.recording(), installed(recorder, is_balanced=config.debug.moe_force_load_balance), offload:
             step.prepare()
             if built.stages:
-                step.optimizers.state_dict()  # makes the states: a step of a long pipeline would take as long as all else
+                with step.updating():
+                    step.optimizers.state_dict()  # makes the states: a step of a long pipeline would take as long as all else
             else:
                 step.take(1)
             first_change, first_span = len(recorder.changes), len(recorder.spans)
@@ -117,11 +120,22 @@ class _Step:
         self.batch_seconds: list[float] = []
         self.update_seconds = 0.0
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether parameters, gradients and the optimizer's states are in host memory."""
+        return self.config.training.enable_cpu_offload
+
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """Do what has to do with these where they are."""
+        return self.recorder.on_host() if self.is_offloaded else contextlib.nullcontext()
+
     def prepare(self) -> None:
         """Give the model memory, and build what trains it."""
         config, dims = self.config, self.dims
         model = self.built.model
-        materialize(model, _DEVICE, _DEVICE)
+        with self.updating():
+            materialize(model, _DEVICE, torch.device("meta"))
+        materialize(model, _DEVICE, _DEVICE)  # the buffers
         model.init_buffers(_DEVICE)  # type: ignore[operator]
         model.train()
         self.float8 = build_float8_training(
@@ -158,10 +172,12 @@ class _Step:
         begin = stream.clock
         sum_of(losses)
         pp_mesh = self.dims.mesh("pp") if self.dims.pp > 1 else None
-        clip_grad_norm(self.built.model.parameters(), training.max_norm, pp_mesh=pp_mesh)
+        with self.updating():
+            clip_grad_norm(self.built.model.parameters(), training.max_norm, pp_mesh=pp_mesh)
         self.balance.update(torch.zeros((), device=_DEVICE))
         self.float8.before_update()
-        self.optimizers.step()
+        with self.updating():
+            self.optimizers.step()
         self.float8.after_update()
         self.update_seconds = stream.clock - begin
 
@@ -180,7 +196,9 @@ class _Step:
             size = self.config.parallelism.pipeline_parallel_microbatch_size
             rows = size * _choose_microbatches(self.runner.pipeline.layout, rows // size)
         shape = rows, training.seq_len
-        return {name: torch.zeros(shape, dtype=torch.int64, device=_DEVICE) for name in ("tokens", "labels")}
+        documents = ("positions",) if self.config.model.attn_mask_type == "block_causal" else ()
+        names = ("tokens", "labels", *documents)
+        return {name: torch.zeros(shape, dtype=torch.int64, device=_DEVICE) for name in names}
 
     @contextlib.contextmanager
     def _timing_passes(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 H200: our own measurements on one machine (SXM, 700 W, NVLink; docs/benchmarks.md). A long run is at the power limit, so that matrix
 products are slower in it than alone: the rates here are those within steps. H100 (SXM): the same chip, limit and NVLink, so the same
 rates for products and attention; memory bandwidth as the data sheets' 3.35 to 4.8 TB/s. Its rows are derived, not measured.
-Between hosts: 400 Gb/s for each GPU, of which 45 GB/s are taken to arrive; not measured either.
+Between hosts: 400 Gb/s for each GPU, of which 45 GB/s are taken to arrive; not measured either. CPU offload: PCIe 5.0 x16 by its data
+sheet less a fifth; the rate of an update on the CPU is that of the one run measured (1B on two GPUs), whose other times are known.
 """
 
 import math
@@ -40,10 +41,19 @@ class Gpu:
     host_seconds: float = 20e-6
     """For each further host in a collective."""
 
+    pcie_bandwidth: float = 50e9
+    """Between the host's pinned memory and the device, either way."""
+    cpu_bandwidth: float = 31e9
+    """Of an update on the CPU, for each rank."""
+
     def seconds_of(self, work: "Work | Transfer", *, gpus_per_host: int = 8) -> float:
         """Return how long a kernel or a collective takes, if nothing else goes on."""
         if isinstance(work, Transfer):
             return self._transfer_seconds(work, gpus_per_host)
+        if work.kind == "host copy":
+            return work.bytes / self.pcie_bandwidth
+        if work.kind == "host":
+            return work.bytes / self.cpu_bandwidth
         moved = work.bytes / self.bandwidth
         if not work.flops:
             return moved + _LAUNCH_SECONDS

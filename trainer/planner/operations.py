@@ -21,7 +21,7 @@ class Work:
     """One kernel's. FLOPs count a multiply-add as two."""
 
     kind: str
-    """matmul, float8 matmul, grouped matmul, attention, attention backward, memory, or collective."""
+    """matmul, float8 matmul, grouped matmul, attention, attention backward, memory, host copy (over PCIe), or host (on the CPU)."""
     flops: float = 0.0
     shape: tuple[int, ...] = ()
     """Of a matrix product: (M, N, K). Of attention: (queries, keys, head size)."""
@@ -141,9 +141,9 @@ def _own_grouped_mm_backward(grad: Tensor, rows: Tensor, *_: Any) -> tuple[str, 
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[str, float, tuple[int, ...]]:
-    """Causal. q: (B, N, S, H); v: (B, M, T, V)"""
+    """Causal, of queries that are the whole sequence or a balanced part of it. q: (B, N, S, H); v: (B, M, T, V)"""
     batch, heads, seq, head_dim = q.shape
-    keys = v.shape[2] / 2 if seq == v.shape[2] else v.shape[2]
+    keys = v.shape[2] / 2
     return "attention", 2.0 * batch * heads * seq * keys * (head_dim + v.shape[3]), (seq, v.shape[2], head_dim)
 
 

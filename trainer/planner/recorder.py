@@ -19,7 +19,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from trainer.planner.network import Transfer, describe_collective, list_inner_transfers
 from trainer.planner.operations import Work, as_number, describe, list_tensors
-from trainer.planner.streams import PlannedStream, Streams
+from trainer.planner.streams import HOST, PlannedStream, Streams
 
 _DEVICE = torch.device("cpu")
 _COMPUTE_FREE = ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "alias")
@@ -79,6 +79,7 @@ class Recorder(FakeTensorMode):
         self._phase = "setup"
         self._live: dict[int, Allocation] = {}
         self._count = 0
+        self._host = PlannedStream(HOST)
         self._networks: dict[str, PlannedStream] = {}
         self._arrivals: dict[int, float] = {}
 
@@ -143,7 +144,8 @@ class Recorder(FakeTensorMode):
         return resized
 
     def _take(self, storage: torch.UntypedStorage, *, is_gathered: bool = False) -> None:
-        size = as_number(storage.nbytes())
+        # What the host has is known, so that it is not taken for new, but no memory of the device.
+        size = 0 if self.streams.current is self._host else as_number(storage.nbytes())
         key = id(storage)
         if key in self._live:
             return
@@ -162,6 +164,22 @@ class Recorder(FakeTensorMode):
         allocation = self._live.pop(key, None)
         if allocation is not None and allocation.size:
             self.changes.append(Change(allocation, False, self.phase, self._now()))
+
+    def move_to_host(self, tensor: Tensor) -> None:
+        """Take a tensor's memory to be the host's from now on."""
+        storage = tensor.untyped_storage()
+        self._give_back(id(storage))
+        with self.streams.use(self._host):
+            self._take(storage)
+
+    @contextlib.contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Do what follows on the CPU, in its memory, after all that the device has to do and before all that it gets to do."""
+        for stream in self.streams.all:
+            self._host.wait_stream(stream)
+        with self.streams.use(self._host):
+            yield
+        self.streams.compute.wait_stream(self._host)
 
     def make(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a fake tensor in memory of its own: `torch.empty_strided`, past the dispatcher, which takes several times as long."""
@@ -183,8 +201,10 @@ class Recorder(FakeTensorMode):
 
     def spend(self, work: Work) -> None:
         """Keep the current stream busy with a kernel."""
-        seconds = self._seconds_of(work)
         stream = self.streams.current
+        if stream is self._host:
+            work = Work("host", bytes=work.bytes, name=work.name)
+        seconds = self._seconds_of(work)
         self.spans.append(Span(stream.name, work, self.phase, stream.clock, seconds))
         stream.clock += seconds
 

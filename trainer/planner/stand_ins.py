@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.common.token_dispatch import RowOrder
-from trainer.components import loss
-from trainer.distributed import expert_dispatch
+from trainer.components import loss, passes
+from trainer.distributed import expert_dispatch, sequence_split
 from trainer.planner.operations import Work
 from trainer.planner.recorder import Recorder
 
@@ -26,6 +26,8 @@ def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
         for owner, name, replacement in (
             (F, "scaled_dot_product_attention", _attend),
             (F, "rms_norm", _normalize),
+            (passes, "build_document_mask", _build_document_mask),
+            (sequence_split, "build_document_mask", _build_document_mask),
             (loss, "_accumulate_weight_gradient", _accumulate_weight_gradient_for(recorder)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -43,9 +45,22 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """By cuDNN's operation, which a GPU of Hopper's generation takes (`models.common.attention.attention_kernels`)."""
+    """By cuDNN's operation, which a GPU of Hopper's generation takes (`models.common.attention.attention_kernels`), or, with a mask, in
+    place of FlexAttention, which keeps the same for its backward pass.
+    """
     operation = torch.ops.aten._scaled_dot_product_cudnn_attention
     return operation(query, key, value, None, True, dropout_p, True, scale=scale)[0]
+
+
+def _build_document_mask(positions: Tensor, *, device_type: str, queries: Tensor | None = None) -> Tensor:
+    """Return what has the shape of a mask, (B, 1, Q, S), and the memory of FlexAttention's lists of blocks: for either direction, of whole
+    and of partial blocks of 128 x 128, numbers of 4 bytes.
+    """
+    batch, seq = positions.shape
+    rows = seq if queries is None else queries.shape[0]
+    size = 4 * 4 * math.ceil(rows / 128) * math.ceil(seq / 128)
+    lists = torch.empty((batch, size), dtype=torch.bool, device=positions.device)
+    return lists.as_strided((batch, 1, rows, seq), (size, 0, 0, 0))
 
 
 def _normalize(

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 COMPUTE = "compute"
+HOST = "host"
 
 
 class PlannedStream:
