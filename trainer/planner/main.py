@@ -3,6 +3,8 @@
 import contextlib
 import json
 import logging
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from trainer.config.schema import JobConfig
 from trainer.planner.chart import draw_memory
 from trainer.planner.plan import make_plan
 from trainer.planner.report import format_plan, to_json
-from trainer.planner.search import Search, format_results
+from trainer.planner.search import Result, Search, format_result, format_results
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,9 @@ def answer(config: JobConfig, world_size: int) -> int:
     """
     if config.job.plan_search:
         with _quiet():
-            results = Search(config, world_size).run()
+            begin = time.monotonic()
+            search = Search(config, world_size, show=lambda result: _show_progress(result, time.monotonic() - begin))
+            results = search.run()
         print(format_results(results))
         return 0 if any(result.fits for result in results) else 1
     with _quiet():
@@ -42,6 +46,11 @@ def answer(config: JobConfig, world_size: int) -> int:
         logger.warning("no picture of the memory: matplotlib is not installed (the extra `plots`)")
     print(f"\nwritten: {written}")
     return 0 if plan.fits else 1
+
+
+def _show_progress(result: Result, seconds: float) -> None:
+    """Where the answer does not go, so that that can be piped."""
+    print(f"{seconds:.0f} s: {format_result(result)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -39,9 +39,18 @@ class Result:
 class Search:
     """The layouts that were tried so far."""
 
-    def __init__(self, config: JobConfig, world_size: int, plan: Callable[[JobConfig, int], Plan] = make_plan) -> None:
-        self._config, self._world_size, self._plan = config, world_size, plan
+    def __init__(
+        self,
+        config: JobConfig,
+        world_size: int,
+        plan: Callable[[JobConfig, int], Plan] = make_plan,
+        *,
+        show: Callable[[Result], None] = lambda _: None,
+    ) -> None:
+        """show: is told of each layout that was planned."""
+        self._config, self._world_size, self._plan, self._show = config, world_size, plan, show
         self._ends_at = time.monotonic() + config.plan.search_seconds
+        self._tried: dict[tuple[Any, ...], Result | None] = {}
         self.results: list[Result] = []
 
     @property
@@ -66,20 +75,14 @@ class Search:
 
     def _try_degrees(self, degrees: Layout) -> None:
         """Try one way to divide the GPUs: with each kind of recomputation the largest batch that fits, as long as more recomputation
-        can make room for a larger one.
+        can make room for a larger one. Where not even the one that needs the least memory fits, none of the others is tried.
         """
         batches = self._list_batches(degrees[_PP])
         for mode in _MODES:
             for batch in batches:
-                layout = {
-                    **degrees,
-                    "activation_checkpoint.mode": mode,
-                    "activation_checkpoint.selective_ac_option": "op",
-                    "training.local_batch_size": batch,
-                    _RESHARD: "default",
-                }
                 if self.is_over:
                     return
+                layout = _get_layout(degrees, mode, batch)
                 result = self._try(layout)
                 if result is not None and result.fits:
                     if degrees[_PP] == 1 and self._world_size > 1:
@@ -87,9 +90,18 @@ class Search:
                     if batch == batches[0]:
                         return
                     break
+                least = self._try(_get_layout(degrees, _MODES[-1], batches[-1]))
+                if least is not None and not least.fits:
+                    return
 
     def _try(self, layout: Layout) -> Result | None:
-        """Plan one layout, if it passes all checks of settings and model."""
+        """Plan one layout, once, if it passes all checks of settings and model."""
+        key = tuple(sorted(layout.items()))
+        if key not in self._tried:
+            self._tried[key] = self._plan_layout(layout)
+        return self._tried[key]
+
+    def _plan_layout(self, layout: Layout) -> Result | None:
         config = apply_layout(self._config, layout)
         if next(_find_problems(config, self._world_size), None) is not None:
             return None
@@ -98,7 +110,15 @@ class Search:
         except ValueError as error:
             logger.debug("%s: %s", layout, error)
             return None
+        except RuntimeError as error:  # of one layout: the others may be what is looked for
+            logger.warning(
+                "%s cannot be planned: %s", " ".join(format_toml(layout)), str(error).strip().splitlines()[-1]
+            )
+            return None
+        for rank in result.plan.ranks:
+            rank.memory.curve.clear()  # up to 100 MB a plan, which nobody reads
         self.results.append(result)
+        self._show(result)
         return result
 
     def _list_batches(self, pp: int) -> list[int]:
@@ -111,6 +131,16 @@ class Search:
 _MODES = ("none", "selective", "full")
 _PP = "parallelism.pipeline_parallel_degree"
 _RESHARD = "parallelism.fsdp_reshard_after_forward"
+
+
+def _get_layout(degrees: Layout, mode: str, batch: int) -> Layout:
+    return {
+        **degrees,
+        "activation_checkpoint.mode": mode,
+        "activation_checkpoint.selective_ac_option": "op",
+        "training.local_batch_size": batch,
+        _RESHARD: "default",
+    }
 
 
 def list_degrees(world_size: int, gpus_per_host: int) -> Iterator[Layout]:
@@ -149,31 +179,41 @@ def apply_layout(config: JobConfig, layout: Layout) -> JobConfig:
 
 
 def format_results(results: list[Result]) -> str:
-    """Return the layouts as a table, and the best one as lines of TOML to paste."""
+    """Return the layouts as a table, and each as lines of TOML to paste."""
     if not results:
         return "no layout passes the checks of settings and model: see what --job.plan says of the present one"
-    rows = [["", "tokens/s per GPU", "MFU", "GiB", "dp", "tp", "cp", "pp", "ep", "recompute", "batch", "reshard"]]
+    rows = [["", *_COLUMNS]]
     for number, result in enumerate(results, start=1):
-        layout, plan = result.layout, result.plan
-        tp, cp, pp, ep = (layout[f"parallelism.{name}_parallel_degree"] for name in _NAMES)
-        rows.append(
-            [
-                f"{number}{'' if result.fits else ' does not fit'}",
-                f"{plan.tokens_per_second:,.0f}",
-                f"{100 * plan.mfu:.1f}%",
-                f"{plan.needed_bytes / GIB:.1f}",
-                *map(str, (plan.world_size // (tp * cp * pp), tp, cp, pp, ep)),
-                str(layout["activation_checkpoint.mode"]),
-                str(layout["training.local_batch_size"]),
-                str(layout["parallelism.fsdp_reshard_after_forward"]),
-            ]
-        )
+        rows.append([f"{number}{'' if result.fits else ' does not fit'}", *_list_cells(result)])
     lines = list(format_table(rows))
     if not results[0].fits:
         lines.append(f"nothing fits the {results[0].plan.gpu}: take more GPUs. The layout above needs the least memory")
     for number, result in enumerate(results, start=1):
         lines += ["", f"# {number}: {result.plan.tokens_per_second:,.0f} tokens/s per GPU", *format_toml(result.layout)]
     return "\n".join(lines)
+
+
+def format_result(result: Result) -> str:
+    """Return one layout as a line."""
+    cells = (f"{name} {cell}" for name, cell in zip(_COLUMNS, _list_cells(result), strict=True))
+    return f"{'fits: ' if result.fits else 'too large: '}{', '.join(cells)}"
+
+
+_COLUMNS = ("tokens/s per GPU", "MFU", "GiB", "dp", "tp", "cp", "pp", "ep", "recompute", "batch", "reshard")
+
+
+def _list_cells(result: Result) -> list[str]:
+    layout, plan = result.layout, result.plan
+    tp, cp, pp, ep = (layout[f"parallelism.{name}_parallel_degree"] for name in _NAMES)
+    return [
+        f"{plan.tokens_per_second:,.0f}",
+        f"{100 * plan.mfu:.1f}%",
+        f"{plan.needed_bytes / GIB:.1f}",
+        *map(str, (plan.world_size // (tp * cp * pp), tp, cp, pp, ep)),
+        str(layout["activation_checkpoint.mode"]),
+        str(layout["training.local_batch_size"]),
+        str(layout[_RESHARD]),
+    ]
 
 
 _NAMES = ("tensor", "context", "pipeline", "expert")

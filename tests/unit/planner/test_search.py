@@ -5,7 +5,7 @@ import dataclasses
 from tests.unit.planner.plans import make_made_up_plan
 from trainer.config.manager import load_config
 from trainer.config.toml_file import tomli
-from trainer.planner.search import Search, apply_layout, format_results, format_toml
+from trainer.planner.search import Search, apply_layout, format_result, format_results, format_toml
 
 ARGUMENTS = ["--model.flavor", "8B", "--training.local_batch_size", "2", "--compile.enable"]
 
@@ -47,6 +47,23 @@ def test_layouts_that_the_model_refuses_are_not_tried():
     degrees = {c.parallelism.tensor_parallel_degree for c in tried}
     assert degrees <= {1, 2, 4, 8}
     assert all(c.parallelism.expert_parallel_degree == 1 for c in tried), "Llama has no experts"
+
+
+def test_where_the_smallest_does_not_fit_no_larger_one_is_tried_and_failures_are_left_out():
+    def plan(config, world_size):
+        shown.append((config.activation_checkpoint.mode, config.training.local_batch_size))
+        if config.parallelism.tensor_parallel_degree > 1:
+            raise RuntimeError("the planner failed:\nout of ideas")
+        return make_made_up_plan(needed=200, world_size=world_size)
+
+    shown, results = [], []
+    config = load_config([*ARGUMENTS, "--plan.search_seconds", "5"]).config
+    Search(config, 2, plan, show=results.append).run()
+    assert shown[:2] == [("none", 4), ("full", 1)]
+    assert ("none", 1) not in shown[2:4]
+    assert results
+    assert all(result.layout["parallelism.tensor_parallel_degree"] == 1 for result in results)
+    assert format_result(results[0]).startswith("too large: tokens/s per GPU")
 
 
 def test_where_nothing_fits_it_says_so():
