@@ -5,7 +5,7 @@ import dataclasses
 from tests.unit.planner.plans import make_made_up_plan
 from trainer.config.manager import load_config
 from trainer.config.toml_file import tomli
-from trainer.planner.search import Search, apply_layout, format_result, format_results, format_toml
+from trainer.planner.search import Result, Search, apply_layout, format_result, format_results, format_toml
 
 ARGUMENTS = ["--model.flavor", "8B", "--training.local_batch_size", "2", "--compile.enable"]
 
@@ -56,7 +56,8 @@ def test_where_the_smallest_does_not_fit_no_larger_one_is_tried_and_failures_are
             raise RuntimeError("the planner failed:\nout of ideas")
         return make_made_up_plan(needed=200, world_size=world_size)
 
-    shown, results = [], []
+    shown: list[tuple[str, int]] = []
+    results: list[Result] = []
     config = load_config([*ARGUMENTS, "--plan.search_seconds", "5"]).config
     Search(config, 2, plan, show=results.append).run()
     assert shown[:2] == [("none", 4), ("full", 1)]
