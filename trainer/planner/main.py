@@ -57,7 +57,7 @@ def _show_progress(result: Result, seconds: float) -> None:
 def _quiet() -> Iterator[None]:
     """Keep to itself what the parts of a run log for runs."""
     levels = {"trainer": logging.ERROR, "torch.distributed": logging.ERROR, "torch._dynamo": logging.ERROR}
-    levels["trainer.planner"] = logging.WARNING
+    levels |= {"trainer.planner": logging.WARNING, "py.warnings": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
