@@ -43,7 +43,7 @@ check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 check "mypy" "$PYTHON" -m mypy
 # For two cores: many tests wait, for clusters and for each other's ranks. GPUs are not shared.
-WORKERS=(-n "${TEST_WORKERS:-3}" --no-loadscope-reorder)
+WORKERS=(-n "${TEST_WORKERS:-4}" --no-loadscope-reorder)
 if ((${#PATHS[@]})); then
     check "pytest" "$PYTHON" -m pytest "${WORKERS[@]}" "${PATHS[@]}" "$@"
     if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -5,6 +5,7 @@ stays.
 """
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,14 @@ CASES = [
     Case("one_process_bf16", 1, training=BF16, tolerance=4e-2),
     Case("fsdp2_bf16_reduce_bf16", 2, training={**BF16, "mixed_precision_reduce": "bfloat16"}, tolerance=4e-2),
 ]
+
+
+def list_parameters(cases: Sequence[Any], *, exhaustive: Collection[str] = ()) -> list:
+    """Return cases, which have a name and a world size, as parameters of a test, those of as many ranks together. exhaustive: names of those that run with --all only."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.exhaustive] if case.name in exhaustive else [])
+        for case in sorted(cases, key=lambda case: case.world_size)
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.common import attention
 from models.common.attention import DotProductAttention, build_document_mask
 from models.plan import ParallelPlan
-from tests.distributed.cases import ARGS, EAGER_COMPILE, Case, Outcome, run_case, run_reference
+from tests.distributed.cases import ARGS, EAGER_COMPILE, Case, Outcome, list_parameters, run_case, run_reference
 from tests.distributed.harness import RankFailedError, run_distributed
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.distributed import sharded_attention
@@ -243,7 +243,7 @@ def _reference(documents: bool) -> Outcome:
     return run_reference(Case("reference", documents=documents, base=MODEL))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list_parameters(CASES, exhaustive=["allgather_cp2_compile_inductor_ac_op"]))
 def test_run_equals_one_process(case: Case) -> None:
     expected = _reference(case.documents)
     for rank, actual in enumerate(run_distributed(run_case, case.world_size, case, timeout=240.0, reuse=True)):

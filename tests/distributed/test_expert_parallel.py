@@ -22,6 +22,7 @@ from tests.distributed.cases import (
     Case,
     Outcome,
     assert_equal_outcomes,
+    list_parameters,
     run_case,
     run_reference,
 )
@@ -66,7 +67,9 @@ def _reference(base: Any) -> Outcome:
     return run_reference(Case("reference", base=base))
 
 
-@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world_size), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", list_parameters(CASES, exhaustive=("ep2_fsdp2_hsdp", "tp2_ddp2_ep1", "ep2_accumulate_unsharded"))
+)
 def test_equals_one_process_with_a_loop_over_experts(case: Case) -> None:
     outcomes = run_distributed(run_case, case.world_size, case, reuse=True)
     assert_equal_outcomes(outcomes, _reference(case.base), case.tolerance)
@@ -93,7 +96,8 @@ def _run_counting_turns(case: Case) -> tuple[Outcome, int]:
     return outcome, len(switches)
 
 
-@pytest.mark.parametrize("recomputes", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("recomputes", [False, True])
 def test_passes_of_dualpipev_take_turns_and_change_nothing(recomputes: bool) -> None:
     section = {"mode": "full"} if recomputes else {}
     case = Case("dualpipev", 4, DUAL, activation_checkpoint=section, base=EXPERT_ARGS)

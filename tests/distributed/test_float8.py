@@ -105,6 +105,7 @@ def test_recipes_on_two_ranks() -> None:
     assert losses["real"] == pytest.approx(losses["emulated"], rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_other_parallelisms_on_four_ranks() -> None:
     results = run_all(
         case("tp", 4, PRECOMPUTE, TP),
@@ -207,6 +208,7 @@ def measure_cases(cases: list[Case]) -> dict[str, dict[str, float]]:
     return metrics
 
 
+@pytest.mark.exhaustive
 def test_experts_are_measured_alike_however_they_are_spread() -> None:
     more = {
         "training": BF16,
@@ -268,6 +270,7 @@ def test_delayed_scaling_has_the_same_scales_on_all_ranks() -> None:
     assert losses["accumulation"] == losses["accumulation_ac"]
 
 
+@pytest.mark.exhaustive
 def test_delayed_scaling_has_the_same_scales_on_all_ranks_of_a_stage() -> None:
     pipeline = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
     results = run_all(

@@ -237,6 +237,7 @@ def check_equal_to_one_process(world_size: int, cases: list[PipelineCase]) -> No
         assert seen == {(kind, name) for kind in ("gradients", "parameters") for name in expected.gradients}, case
 
 
+@pytest.mark.exhaustive
 def test_every_schedule_on_four_ranks() -> None:
     """On two, alone and beside each other technique, they are in the table."""
     check_equal_to_one_process(4, [PipelineCase(schedule, pp=4) for schedule in SCHEDULES])
@@ -259,6 +260,7 @@ def test_gradients_of_several_passes(world_size: int, degrees: dict[str, int]) -
     check_equal_to_one_process(world_size, [cases[0], *cases[4:]] if degrees else cases)
 
 
+@pytest.mark.exhaustive
 def test_weights_that_are_freed_after_forward_or_never() -> None:
     cases = [
         PipelineCase("1F1B", parallelism={"fsdp_reshard_after_forward": "always"}, passes=2),

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from models.deepseek_v3.args import DeepSeekV3Args
-from tests.distributed.cases import BF16, EAGER_COMPILE, Case, Outcome, assert_equal_outcomes, run_case, run_reference
+from tests.distributed.cases import (
+    BF16,
+    EAGER_COMPILE,
+    Case,
+    Outcome,
+    assert_equal_outcomes,
+    list_parameters,
+    run_case,
+    run_reference,
+)
 from tests.distributed.harness import run_distributed
 
 # Two depths, so that they must stay together in the last stage; a balance loss that weighs as much as the rest.
@@ -61,10 +70,10 @@ TP = {"tensor_parallel_degree": 2}
 REPLICATED = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
 
 # The others run with --all.
-DAILY = (
+DAILY = {
     *("fsdp_accumulation", "cp_allgather_documents_ac_op", "cp_ring_ac_full", "cp_ulysses", "pp_1f1b_accumulation"),
     *("pp_ZBVZeroBubble", "tp", "cp_pp_1f1b", "tp_ep_accumulation"),
-)
+}
 CASES = [
     case("fsdp", {}, world_size=2),
     case("fsdp_accumulation", {}, world_size=2, microbatches=2),
@@ -96,11 +105,7 @@ def reference(args: DeepSeekV3Args, documents: bool) -> Outcome:
     return run_reference(Case("reference", documents=documents, base=args))
 
 
-def mark(case: Case):
-    return pytest.param(case, id=case.name, marks=[] if case.name in DAILY else [pytest.mark.exhaustive])
-
-
-@pytest.mark.parametrize("case", [mark(case) for case in sorted(CASES, key=lambda case: case.world_size)])
+@pytest.mark.parametrize("case", list_parameters(CASES, exhaustive={case.name for case in CASES} - DAILY))
 def test_case_equals_one_process(case: Case) -> None:
     outcomes = run_distributed(run_case, case.world_size, case, timeout=TIMEOUT_SECONDS, reuse=True)
     assert_equal_outcomes(outcomes, reference(case.base, case.documents), case.tolerance)

@@ -79,7 +79,7 @@ CASES = [
     (Case("whole", 2, base=SHALLOWEST, chunk_size=70), JOINED),
     (_case8("float8"), {}),
     (_case8("float8_gather", **GATHER8), {}),
-    (_case8("float8_precompute", **PRECOMPUTE), JOINED),
+    pytest.param(_case8("float8_precompute", **PRECOMPUTE), JOINED, marks=pytest.mark.exhaustive),
     (_case8("float8_delayed", **GATHER8, recipe_name="delayed", delayed_warmup_steps=1), {}),
     (Case("hsdp", 4, HSDP), {}),
     (Case("tp", 4, TP, base=EVEN), {}),

@@ -22,6 +22,7 @@ from models.llama3.args import LlamaArgs
 from models.llama3.model import Transformer
 from models.llama3.plan import build_plan
 from models.plan import ParallelPlan
+from tests.distributed.cases import list_parameters
 from tests.distributed.harness import RankFailedError, run_distributed
 from trainer.components.loss import LinearCrossEntropy
 from trainer.components.muon import ShardedMuon
@@ -225,7 +226,9 @@ def _find_wrong(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     return {name: error for name, error in errors.items() if not error <= tolerance}
 
 
-@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world_size), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", list_parameters(CASES, exhaustive=("tp2_compile_op", "tp2_compile_full", "fsdp2_tp4_bf16_full"))
+)
 def test_run_equals_one_process(case: Case) -> None:
     expected = _reference(case.llama_args)
     for actual in run_distributed(_train, case.world_size, case, timeout=COMPILING_SECONDS, reuse=True):

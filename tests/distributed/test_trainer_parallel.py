@@ -147,7 +147,7 @@ def one_process_with_experts(one_process: tuple[Run, list]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", mark(EXPERTS_SPREAD, "hsdp", "cp", "ep", "recomputed", "fsdp-compiled"))
+@pytest.mark.parametrize("name", mark(EXPERTS_SPREAD, "hsdp", "cp", "ep", "tp-ep", "recomputed", "fsdp-compiled"))
 def test_run_with_experts_is_that_of_one_process(one_process_with_experts: Run, start: Starter, name: str) -> None:
     whole = one_process_with_experts
     run, _ = start(*spread_experts(name))

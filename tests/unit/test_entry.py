@@ -264,6 +264,7 @@ def build_wheel(folder: Path, name: str, version: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.exhaustive
 def test_missing_packages_are_installed_once_into_venv_and_again_after_an_interruption(tree, tmp_path):
     build_wheel(tmp_path / "wheels", "smelter", "1.5")
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CONFIG_FILE": os.devnull}

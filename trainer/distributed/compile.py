@@ -59,8 +59,8 @@ def apply_compile(
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     # Methods rather than modules: hooks (FSDP's) run before and after `forward`, and no wrapper changes the names.
     # Static shapes: a change of length, as in validation, gets a graph of its own rather than a slower one for all.
-    name, _ = section.get_backend()
-    compiled = functools.partial(torch.compile, backend=backend or name, fullgraph=True, dynamic=False)
+    own_backend, _ = section.get_backend()
+    compiled = functools.partial(torch.compile, backend=backend or own_backend, fullgraph=True, dynamic=False)
     if section.scope == "model":
         replace_methods(model, ("forward",), compiled)
         _log_compile_times()
@@ -68,7 +68,7 @@ def apply_compile(
     modules = dict(model.named_modules())
     for name, pieces in plan.list_pieces(modules, spreads_experts=spreads_experts).items():
         replace_methods(modules[name], pieces, lambda method: _mark_rows(compiled(method)))
-    if name == "inductor":
+    if own_backend == "inductor":
         _start_workers()
     _log_compile_times()
 

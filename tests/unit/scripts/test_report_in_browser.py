@@ -81,7 +81,7 @@ def test_one_run_shows_curves_values_and_views(browser, tmp_path):
     open_page(browser, write_run(tmp_path / "alone", lines, status="complete"))
     assert browser.evaluate("document.querySelector('.badge').innerText") == "complete"
     assert browser.evaluate("document.querySelector('.remarks') === null")
-    for panel in ("loss", "grad_norm", "mfu", "data_wait", "experts_layers_0"):
+    for panel in ("loss", "grad_norm", "mfu", "data_wait", "max_over_mean_layers_0"):
         assert len(get_picture(browser, panel).getcolors(maxcolors=1 << 24)) > 10, f"{panel} is blank"
     assert count_pixels(get_picture(browser, "loss"), COLORS[0]) > 300
 

@@ -331,7 +331,14 @@ def test_script_interrupted_leaves_what_can_go_on(tmp_path: Path) -> None:
     source = ["--dataset", "jsonl", "--path", str(tmp_path / "a.jsonl"), "--tokenizer", "byte", "--workers", "2"]
     out = tmp_path / "out"
     command = [sys.executable, "scripts/prepare_data.py", *source, "--output", str(out), "--shard-tokens", "100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, programs would inherit that the signal is ignored.
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for((out / shard_name(1)).exists)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
