@@ -185,12 +185,18 @@ CASES = [
 ]
 
 
+def build_parameter(value: Any, name: str, *, exhaustive: bool) -> Any:
+    """Return a parameter of a test by its name. exhaustive: it runs with --all only."""
+    return pytest.param(value, id=name, marks=[pytest.mark.exhaustive] if exhaustive else [])
+
+
 def list_parameters(cases: Sequence[Any], *, exhaustive: Collection[str] = ()) -> list:
-    """Return cases, which have a name and a world size, as parameters of a test, those of as many ranks together. exhaustive: names of those that run with --all only."""
-    return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.exhaustive] if case.name in exhaustive else [])
-        for case in sorted(cases, key=lambda case: case.world_size)
-    ]
+    """Return cases, which have a name and a world size, as parameters of a test, those of as many ranks together.
+
+    exhaustive: names of those that run with --all only.
+    """
+    in_order = sorted(cases, key=lambda case: case.world_size)
+    return [build_parameter(case, case.name, exhaustive=case.name in exhaustive) for case in in_order]
 
 
 @dataclass(frozen=True)

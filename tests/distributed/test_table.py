@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed import render_table
-from tests.distributed.cases import Case, Outcome, assert_equal_outcomes, run_case, run_reference
+from tests.distributed.cases import Case, Outcome, assert_equal_outcomes, build_parameter, run_case, run_reference
 from tests.distributed.harness import run_distributed
 from tests.distributed.table import REFUSED, Row, find_refusal, list_rows
 
@@ -27,11 +27,7 @@ def _get_reference(case: Case) -> Outcome:
 ROWS = sorted(list_rows(), key=lambda row: -row.case.world_size)
 
 
-def mark(row: Row):
-    return pytest.param(row, id=row.name, marks=[pytest.mark.exhaustive] if row.is_exhaustive else [])
-
-
-@pytest.mark.parametrize("row", [mark(row) for row in ROWS])
+@pytest.mark.parametrize("row", [build_parameter(row, row.name, exhaustive=row.is_exhaustive) for row in ROWS])
 def test_row_equals_one_process_or_is_refused(row: Row) -> None:
     names = {technique.name for technique in row.techniques}
     expected_reason = next((reason for combination, reason in REFUSED.items() if combination <= names), None)

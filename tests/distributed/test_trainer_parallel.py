@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
+from tests.distributed.cases import build_parameter
 from tests.distributed.training import Account, Run, assert_equal_states, assert_succeeded
 
 Starter = Callable[..., tuple[Run, list[Account]]]
@@ -31,7 +32,7 @@ SPREAD = {
 
 def mark(names: Iterable[str], *exhaustive: str) -> list:
     """Return the names as parameters, of which some are costly and near to others."""
-    return [pytest.param(name, marks=[pytest.mark.exhaustive] if name in exhaustive else []) for name in names]
+    return [build_parameter(name, name, exhaustive=name in exhaustive) for name in names]
 
 
 @pytest.fixture(scope="module")
