@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
     parser.add_argument("--compile-only", action="store_true", help="measure and write nothing")
     parser.add_argument("--backend", default="inductor", help="compiler backend")
-    parser.add_argument("--fused-cast", choices=("auto", "never", "gradients", "all"), default="auto")
+    parser.add_argument("--fused-cast", choices=("never", "gradients", "all"), default="gradients")
     args = parser.parse_args(argv)
     if args.shapes:
         shapes = [parse_shape(text) for text in args.shapes]

@@ -13,11 +13,13 @@ from tests.distributed.cases import Case, Outcome, run_case
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_float8 import AC, SHALLOW, TP, assert_near, case
 from trainer.config.schema_quantize import Float8GroupedMMConfig, Float8LinearConfig
+from trainer.distributed.part_sums import sum_parts
 from trainer.low_precision.float8_experts import GroupedProduct, build_expert_recipe
 from trainer.low_precision.float8_linear import become_float8
 from trainer.low_precision.fused_cast import cast_both_ways, cast_both_ways_plainly
 from trainer.low_precision.recipe import E4M3, E5M2, build_recipe
-from trainer.low_precision.scaling import get_amax, get_scale
+from trainer.low_precision.scaling import cast, get_amax, get_scale
+from trainer.low_precision.shard_cast import cast_shard
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +75,35 @@ def test_fused_cast_tells_what_is_not_finite(bad: float) -> None:
     assert amax == 0
     assert not rows.float().any()
     assert not columns.float().any()
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (1, 3), (0, 8)], ids=str)
+def test_shard_cast_is_the_plain_one(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, device="cuda") * 3
+    scale = torch.tensor(200.0, device="cuda")  # the largest are cut off
+    for dtype, before in itertools.product((E4M3, E5M2), (None, 0.0, 50.0)):
+        amax = None if before is None else torch.tensor(before, device="cuda")
+        poison()
+        data = cast_shard(x, scale, dtype, amax=amax)
+        assert torch.equal(data.view(torch.uint8), cast(x, scale, dtype).view(torch.uint8))
+        assert amax is None or amax == max(before, x.abs().max().item() if x.numel() else 0.0)
+    if x.numel():
+        x[0, 0] = float("nan")
+        cast_shard(x, scale, E4M3, amax=(amax := torch.zeros((), device="cuda")))
+        assert amax.isnan()
+
+
+@pytest.mark.parametrize(("ranks", "of"), [(2, torch.bfloat16), (5, torch.float32)], ids=str)
+def test_parts_of_a_sum_are_added_in_the_order_of_ranks(ranks: int, of: torch.dtype) -> None:
+    parts = torch.randn(ranks, 5001, device="cuda").to(of)
+    expected = torch.zeros(5001, device="cuda")
+    for part in parts:
+        expected += part
+    for rank in range(ranks):
+        poison()
+        output = torch.empty(5001, device="cuda")
+        sum_parts(parts[rank], torch.cat([parts[:rank], parts[rank + 1 :]]), rank, output)
+        assert torch.equal(output, expected)
 
 
 def run(linear: nn.Linear, name: str, *, compiles: bool = False, **settings) -> list[Tensor]:

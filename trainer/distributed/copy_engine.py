@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
+from trainer.distributed.part_sums import sum_parts
+
 
 class SymmetricBuffers:
     """Buffers that all ranks of a group can read, kept for use again: making one is a collective and takes milliseconds.
@@ -84,7 +86,7 @@ class CopyEngineAllGather(AllGather):
 
 
 class CopyEngineReduceScatter(ReduceScatter):
-    """Each rank copies its part of every peer's gradients and adds them up in the dtype of the output.
+    """Each rank copies its part of every peer's gradients and adds them up in fp32.
 
     wire_dtype: of the gradients as they travel.
     """
@@ -114,14 +116,13 @@ class CopyEngineReduceScatter(ReduceScatter):
         assert op == dist.ReduceOp.SUM, f"gradients are summed, not reduced by {op}"
         handle = self._buffers.handle(input_tensor)
         rank, ranks, count = group.rank(), group.size(), output_tensor.numel()
-        parts = torch.empty(ranks, count, dtype=input_tensor.dtype, device=input_tensor.device)
+        others = torch.empty(ranks - 1, count, dtype=input_tensor.dtype, device=input_tensor.device)
         handle.barrier(channel=0)
-        parts[rank].copy_(input_tensor.narrow(0, rank * count, count))
         for peer in _peers(rank, ranks):
-            parts[peer].copy_(handle.get_buffer(peer, (count,), input_tensor.dtype, rank * count))
+            part = handle.get_buffer(peer, (count,), input_tensor.dtype, rank * count)
+            others[peer if peer < rank else peer - 1].copy_(part)
         handle.barrier(channel=0)
-        # In the order of ranks, so that the sum does not depend on which rank makes it.
-        torch.sum(parts, dim=0, dtype=output_tensor.dtype, out=output_tensor)
+        sum_parts(input_tensor.narrow(0, rank * count, count), others, rank, output_tensor)
 
 
 def _peers(rank: int, ranks: int) -> list[int]:

@@ -40,3 +40,26 @@ def cast_kernel(
     halves = tl.trans(tile.to(tl.float32).to(tl.float16))
     columns_tile = halves.to(tl.float32).to(columns_ptr.dtype.element_ty)
     tl.store(columns_ptr + columns[:, None] * n_rows + rows[None, :], columns_tile, mask=tl.trans(is_inside))
+
+
+@triton.jit
+def cast_flat_kernel(
+    x_ptr,  # (count,), contiguous
+    scale_ptr,  # (), fp32
+    data_ptr,  # (count,) float8
+    amax_ptr,  # (), int32: bits of an fp32. Unused unless FINDS_AMAX
+    count,
+    limit,  # the largest value of the float8 dtype
+    FINDS_AMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Cast one block, and raise the amax to the block's."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = places < count
+    x = tl.load(x_ptr + places, mask=is_inside, other=0.0).to(tl.float32)
+    if FINDS_AMAX:
+        tl.atomic_max(amax_ptr, tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=0), sem="relaxed")
+    scaled = x * tl.load(scale_ptr)
+    scaled = tl.where(scaled > limit, limit, scaled)
+    scaled = tl.where(scaled < -limit, -limit, scaled)
+    tl.store(data_ptr + places, scaled.to(data_ptr.dtype.element_ty), mask=is_inside)

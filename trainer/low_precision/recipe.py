@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
     """Whether layers have a state to measure with, in some steps."""
     measures: bool = False
     """Whether this is such a step: count what was too large or too small for its scale, and remember largest magnitudes."""
-    fused_cast: Literal["auto", "never", "gradients", "all"] = "auto"
+    fused_cast: Literal["never", "gradients", "all"] = "gradients"
     """See `Float8LinearConfig.fused_cast`."""
 
     @property
@@ -61,10 +61,7 @@ class Recipe(NamedTuple):
     def fuses_cast_of(self, kind: Kind) -> bool:
         """Whether a tensor is cast by `fused_cast`. Weights are not: forward needs them one way and backward the other, and what is
         cast both ways would be kept in between, where FSDP frees them."""
-        if kind == "grad_output":
-            is_ahead = self.scaling_of(kind) != "dynamic"
-            return self.fused_cast in ("gradients", "all") or (self.fused_cast == "auto" and is_ahead)
-        return kind == "input" and self.fused_cast == "all"
+        return (kind == "grad_output" and self.fused_cast != "never") or (kind == "input" and self.fused_cast == "all")
 
     def is_stateless(self, kind: Kind) -> bool:
         """Whether a tensor is cast by what it holds, and nothing is remembered."""

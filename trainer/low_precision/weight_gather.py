@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from trainer.low_precision.float8_linear import Float8Linear
 from trainer.low_precision.float8_tensor import Float8Tensor
 from trainer.low_precision.recipe import E4M3
-from trainer.low_precision.scaling import Quantized, cast, get_amax, get_scale, measure
+from trainer.low_precision.scaling import Quantized, get_scale, measure
+from trainer.low_precision.shard_cast import cast_shard
 
 
 class ShardGather:
@@ -43,16 +44,15 @@ class ShardGather:
         shard, recipe = self.shard, self._linear.recipe
         is_dynamic = recipe.scaling_of("weight") == "dynamic"
         scale = self.scale if is_dynamic else self._linear.scale_weight
-        records = recipe.records_of("weight")
-        if scale is None or records:
-            amax = get_amax(shard).float()
-            if records:
-                # Of this shard: the ranks' amaxes are brought together once a step, with all others.
-                self._linear.amax_weight.copy_(torch.maximum(self._linear.amax_weight, amax))
-            if scale is None:
-                dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
-                scale = get_scale(amax, E4M3, power_of_2=recipe.power_of_2)
-        data = cast(shard, scale, E4M3)
+        if scale is None:
+            amax = torch.linalg.vector_norm(
+                shard, float("inf"), dtype=torch.float32
+            )  # one pass, where `get_amax` makes three
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
+            scale = get_scale(amax, E4M3, power_of_2=recipe.power_of_2)
+        # Recorded of this shard: the ranks' amaxes are brought together once a step, with all others.
+        amax_of_step = self._linear.amax_weight if recipe.records_of("weight") else None
+        data = cast_shard(shard, scale, E4M3, amax=amax_of_step)
         if recipe.measures:
             measure(shard, Quantized(data, scale), self._linear.counts_weight)
         return (data.view(torch.uint8),), (scale,)
