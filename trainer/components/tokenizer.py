@@ -55,7 +55,7 @@ class Tokenizer(ABC):
         vocab_size: the largest id + 1, special tokens included.
         bos_id: id that begins a document, or None where the tokenizer has none.
         eos_id: id that ends a document.
-        fingerprint: hash of the files and of every setting that decides on the ids.
+        fingerprint: hash of the files and of every setting that decides on the ids of a document.
     """
 
     def __init__(self, *, name: str, vocab_size: int, bos_id: int | None, eos_id: int, fingerprint: str) -> None:
@@ -63,7 +63,8 @@ class Tokenizer(ABC):
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.eos_id = eos_id
-        self.fingerprint = fingerprint
+        # Token files from when the one token stood at both ends of a document are not to be taken for those of now.
+        self.fingerprint = _fingerprint("one separator", fingerprint.encode()) if bos_id == eos_id else fingerprint
         self.path: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,6 +98,14 @@ class Tokenizer(ABC):
         before = [np.array([self.bos_id], dtype=np.uint32)] if bos else []
         after = [np.array([self.eos_id], dtype=np.uint32)] if eos else []
         return np.concatenate([*before, *pieces, *after]) if before or after or len(pieces) != 1 else pieces[0]
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Returns a document as it stands in the training data, (n,) uint32: bos where the tokenizer has one, text, eos.
+
+        Where bos is eos (GPT-2, GPT-NeoX, OLMo), it stands at the end alone, so that one token separates two documents: as
+        Megatron-LM's `--append-eod` and nanoGPT have it.
+        """
+        return self.encode_array(text, bos=self.bos_id not in (None, self.eos_id), eos=True)
 
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray:

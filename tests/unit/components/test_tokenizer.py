@@ -16,6 +16,7 @@ import pytest
 
 from trainer.components.tokenizer import (
     ByteTokenizer,
+    _fingerprint,
     build_tokenizer,
     find_tokenizer_file,
     split_long_text,
@@ -90,10 +91,18 @@ def test_encode_frames_document(path: str) -> None:
         with pytest.raises(ValueError, match="no token that begins a document"):
             tokenizer.encode("hello", bos=True)
     else:
-        assert tokenizer.encode("hello", bos=True, eos=True) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        framed = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        assert tokenizer.encode("hello", bos=True, eos=True) == framed == tokenizer.encode_document("hello").tolist()
     array = tokenizer.encode_array("hello", eos=True)
     assert array.dtype == np.uint32
     assert array.tolist() == [*ids, tokenizer.eos_id]
+
+
+def test_one_separator_between_documents_where_bos_is_eos(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(make_tokenizer_json(tmp_path, bos_token="<eos>", eos_token="<eos>"))
+    assert tokenizer.encode_document("hello").tolist() == [*tokenizer.encode("hello"), tokenizer.eos_id]
+    of_two_separators = _fingerprint("tokenizer.json", (tmp_path / "tokenizer.json").read_bytes(), 1, 1)
+    assert tokenizer.fingerprint != of_two_separators
 
 
 def test_encode_batch_equals_encode(path: str) -> None:

@@ -216,10 +216,9 @@ def _build_stream(
             "'concat' or data.streaming = false"
         )
     files = open_documents(spec, config.path, text_key=data.text_key, split=data.split)
-    has_bos = tokenizer.bos_id is not None
     share = StreamShare(
         files,
-        encode=lambda text: tokenizer.encode_array(text, bos=has_bos, eos=True),
+        encode=tokenizer.encode_document,
         dp_rank=shape.dp_rank,
         dp_degree=shape.dp_degree,
         seed=seed,

@@ -84,12 +84,11 @@ def _read_tasks(number: int, file: DocumentFile, start: int) -> Iterator[Task]:
 
 def _tokenize(task: Task, tokenizer: Tokenizer) -> Chunk:
     chunk = Chunk()
-    bos = tokenizer.bos_id is not None
     for number, document in _documents_of(task):
         if document.problem:
             chunk.bad.append((len(chunk.tokens), number, document.position, document.problem))
         elif document.text:
-            chunk.tokens.append(tokenizer.encode_array(document.text, bos=bos, eos=True))
+            chunk.tokens.append(tokenizer.encode_document(document.text))
             chunk.files.append(number)
             chunk.next_positions.append(document.next_position)
             chunk.text_bytes.append(len(document.text.encode("utf-8", "replace")))
