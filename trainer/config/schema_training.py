@@ -214,7 +214,7 @@ class DataConfig:
     prepare_workers: int = 0
     """Processes that tokenize a text source on first use. 0: one for each CPU, 8 at most."""
     max_bad_rows: int = 100
-    """Rows that cannot be read before the run stops. Each is logged by file and row."""
+    """Rows that cannot be read before the run stops; of a stream, on one rank in one epoch. Each is logged by file and row."""
     read_retries: int = 5
     """Attempts at a failing read of a stream, with growing pauses."""
     read_timeout_seconds: int = 75

@@ -58,7 +58,7 @@ class StreamPosition:
         position: place in the file where the document begins, as the file counts.
         row: documents and bad rows of the file before it.
         skip: tokens of the document that were handed out.
-        bad_rows: bad rows met before it, in the whole run.
+        bad_rows: bad rows met before it in this epoch.
     """
 
     epoch: int = 0
@@ -85,7 +85,7 @@ class StreamShare:
         dp_rank, dp_degree: which share.
         seed: seed of the run.
         shuffle: visit the files in a new order each epoch. Rows keep their order.
-        max_bad_rows: rows of this share that may be unusable before `read` raises.
+        max_bad_rows: rows of this share that may be unusable in an epoch before `read` raises.
         read_retries: attempts after a read that failed, with growing pauses.
     """
 
@@ -130,13 +130,14 @@ class StreamShare:
             stop: ends a pause between two attempts.
             endless: begin another epoch at the end of each; otherwise end with this one.
         Raises:
-            ValueError: too many bad rows, or no usable document in a whole epoch.
+            ValueError: too many bad rows in an epoch, or no usable document in a whole one.
             RuntimeError: a read failed again and again.
         """
-        bad_rows = BadRows(self._max_bad_rows, start.bad_rows)
         at = start
         found = at != StreamPosition()
         while not stop.is_set():
+            # Anew in each epoch, which meets the same rows again.
+            bad_rows = BadRows(self._max_bad_rows, at.bad_rows)
             files = self.files_of(at.epoch)
             for index in range(at.file, len(files)):
                 at = replace(at, file=index)
@@ -154,7 +155,7 @@ class StreamShare:
             if not endless:
                 return
             found = False
-            at = StreamPosition(epoch=at.epoch + 1, bad_rows=bad_rows.count)
+            at = StreamPosition(epoch=at.epoch + 1)
 
     def _read_file(
         self, file: DocumentFile, at: StreamPosition, bad_rows: BadRows, stop: threading.Event
@@ -260,7 +261,7 @@ class StreamingLoader:
         """Get the next microbatch of this rank.
 
         Raises:
-            ValueError: more rows than data.max_bad_rows are unusable. It is raised on this rank only; the others are in
+            ValueError: more rows of an epoch than data.max_bad_rows are unusable. It is raised on this rank only; the others are in
                 a collective by then, so the process must end for the launcher to end them.
             RuntimeError: a read failed data.read_retries times, or the source gave nothing for too long.
         """

@@ -254,21 +254,26 @@ def test_too_many_bad_rows_stop_after_the_good_batches(tmp_path, make_stream):
         loader.next_batch()
 
 
-def test_bad_rows_are_counted_once_across_a_resume(tmp_path, make_stream):
+def test_bad_rows_are_counted_once_an_epoch_across_a_resume(tmp_path, make_stream):
     texts = make_texts(2, 10)
     files = write_jsonl(tmp_path, texts)
     spoil(files, row=0)
-    del texts[1][0]
+    spoil(files, row=8)
+    del texts[1][8], texts[1][0]
     one_epoch = len(stream_of(texts)) // (2 * SEQ_LEN)
-    loader = make_stream(files, max_bad_rows=1)
-    for _ in range(one_epoch - 1):
+    loader = make_stream(files, max_bad_rows=2)
+    for _ in range(2 * one_epoch - 3):
         loader.next_batch()
     state = loader.state_dict()
-    assert state["position"]["bad_rows"] == 1
-    resumed = make_stream(files, max_bad_rows=1)
+    assert (state["position"]["epoch"], state["position"]["bad_rows"]) == (1, 1)
+    resumed = make_stream(files, max_bad_rows=2)
     resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"2 rows"):  # the same row, in the second epoch
-        read_into([], resumed, one_epoch + 2)
+    read_into([], resumed, 2 * one_epoch)
+    assert resumed.state_dict()["position"]["epoch"] == 3, "the same rows again and again, two an epoch"
+    state["position"]["bad_rows"] = 2
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"3 rows cannot be used.*part-1.jsonl, line 9"):
+        read_into([], resumed, one_epoch)
 
 
 class FlakyFile(DocumentFile):
