@@ -9,7 +9,6 @@ the transposed copy that the GPU's products need. GB/s count what each must at l
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch  # noqa: E402 the root is on the path from here
 from torch import Tensor  # noqa: E402
 
 from scripts.float8_matmul import measure_seconds  # noqa: E402
+from scripts.float8_roofline import write_csv  # noqa: E402
 from trainer.low_precision.fused_cast import cast_both_ways, cast_both_ways_plainly  # noqa: E402
 from trainer.low_precision.recipe import E5M2  # noqa: E402
 from trainer.low_precision.scaling import get_amax, get_scale  # noqa: E402
@@ -73,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in args.sizes:
         m, k = (int(size) for size in text.split(","))
         rows += measure(m, k, device, repeats=args.repeats, backend=args.backend)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out, rows)
     return 0
 
 

@@ -11,7 +11,6 @@ Compilation takes most of the time: `--workers` processes do it beforehand, into
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402 the root is on the path from here
 
 from models.registry import get_model_spec  # noqa: E402
+from scripts.float8_roofline import write_csv  # noqa: E402
 from trainer.config.schema_quantize import Float8LinearConfig  # noqa: E402
 from trainer.low_precision.float8_linear import Float8Linear, become_float8  # noqa: E402
 from trainer.low_precision.matmul import multiply  # noqa: E402
@@ -219,11 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers > 0:
         compile_ahead(shapes, sys.argv[1:] if argv is None else argv, args.workers)
     rows = measure(shapes, args.recipes, device, repeats=args.repeats, **options)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out.with_suffix(".csv"), rows)
     try:
         plot(rows, args.out.with_suffix(".png"))
     except ImportError:

@@ -18,9 +18,10 @@ import argparse
 import csv
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SWEEP = (1024, 2048, 4096, 8192, 16384)
 
@@ -94,6 +95,15 @@ def read_measured(path: Path) -> dict[tuple[str, int, int, int], float]:
         }
 
 
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns, with a line of their names first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,10 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[-1] |= {"estimated_speedup": bf16 / fp8, "measured_speedup": found}
         print(f"{m:6} {k:6} {n:6}  " + "  ".join(f"{cell:>18}" for cell in cells))
     if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
     return 0
 
 
