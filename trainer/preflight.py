@@ -29,6 +29,9 @@ OPTIMIZER_NAMES = ("AdamW", "Adam", "Muon", "AdamW8bit", "AdamWFp8", "AdamW4bit"
 EXPERT_BACKEND_NAMES = ("standard", "deepep")
 """Names in the table of ways to experts, which imports torch as well."""
 
+# Backends of torch.compile that every torch has. Of another torch itself is asked, which takes two seconds to import.
+_USUAL_COMPILERS = ("inductor", "aot_eager", "eager")
+
 _TABLES = {
     "optimizer.name": ("optimizer", OPTIMIZER_NAMES),
     "parallelism.expert_parallel_comm_backend": ("way to the experts", EXPERT_BACKEND_NAMES),
@@ -132,6 +135,8 @@ def find_layout_problems(config: JobConfig) -> Iterator[Problem]:
     """What does not fit the model, of all that decides memory and speed: nothing about files."""
     yield from _check_custom_import(config)
     yield from _check_tables(config)
+    if not config.experimental.custom_import:
+        yield from _check_compilers(config)
     args, problems = _find_args(config)
     yield from problems
     if args is not None:
@@ -177,6 +182,29 @@ def _check_tables(config: JobConfig) -> Iterator[Problem]:
             yield Problem(
                 f"{message} One of your own is registered by the module that experimental.custom_import names.", (key,)
             )
+
+
+def _check_compilers(config: JobConfig) -> Iterator[Problem]:
+    """Backends of torch.compile that this torch has not. Imports torch for a name that is not among the usual ones."""
+    section, given = config.compile, {}
+    if "loss" in section.components:
+        given["compile.backend"] = section.backend
+    if "model" in section.components:
+        key = "model_backend_override" if section.model_backend_override else "backend"
+        given[f"compile.{key}"] = getattr(section, key)
+    names = {key: name.removesuffix("_autobucketing") for key, name in given.items()}
+    unusual = [key for key, name in names.items() if section.enable and name not in _USUAL_COMPILERS]
+    if not unusual:
+        return
+    from torch._dynamo import list_backends
+
+    every = list_backends(exclude_tags=())  # those for debugging, too, which are not worth a mention
+    known = sorted({*_USUAL_COMPILERS, "inductor_autobucketing", "aot_eager_autobucketing", *list_backends()})
+    for key in unusual:
+        if names[key] not in every:
+            message = f"{key} = {given[key]}: torch has no such backend.{suggest(given[key], known)} Known: {', '.join(known)}."
+            remedy = "One of your own is registered (torch._dynamo.register_backend) by the module that experimental.custom_import names."
+            yield Problem(f"{message} {remedy}", (key,))
 
 
 def _check_hugging_face(config: JobConfig) -> Iterator[Problem]:

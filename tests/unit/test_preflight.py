@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +12,7 @@ from models import registry
 from models.llama3.args import FLAVORS
 from trainer.config.errors import ConfigError
 from trainer.config.manager import load_config
-from trainer.preflight import EXPERT_BACKEND_NAMES, OPTIMIZER_NAMES, check
+from trainer.preflight import EXPERT_BACKEND_NAMES, OPTIMIZER_NAMES, check, check_registered
 
 
 def problems_of(*argv, world_size=None):
@@ -101,6 +103,43 @@ def test_module_in_a_package_is_found_without_importing_the_package(monkeypatch,
     assert "no such module" in problem
     (problem,) = problems_of("--experimental.custom_import=my_package.extras.deeper")
     assert "no such module" in problem
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["--compile.backend=inductr"], "compile.backend"),
+        (["--compile.components=loss", "--compile.backend=inductr"], "compile.backend"),
+        (["--compile.model_backend_override=inductr"], "compile.model_backend_override"),
+        (["--compile.components=model", "--compile.model_backend_override=eager", "--compile.backend=inductr"], None),
+        (["--compile.backend=eager_noexcept"], None),
+    ],
+)
+def test_backend_that_torch_has_not_is_refused(argv, key):
+    problems = problems_of("--compile.enable", *argv)
+    assert len(problems) == bool(key)
+    if key:
+        for words in (f"{key} = inductr: torch has no such", "Did you mean inductor?", "cudagraphs", "custom_import"):
+            assert words in problems[0]
+    assert problems_of(*argv) == [], "nothing is compiled"
+    user_module = ["--experimental.custom_import=tests.distributed.user_module"]
+    assert problems_of("--compile.enable", *argv, *user_module) == [], "which may register it"
+    if key:
+        with pytest.raises(ConfigError, match=r"1 problem.*\n.*inductr: torch has no such"):
+            check_registered(load_config(["--compile.enable", *argv, *user_module]))
+
+
+def test_usual_backends_are_known_without_torch():
+    code = """
+import sys
+from trainer.config.manager import load_config
+from trainer.preflight import check
+for backend in ("inductor", "aot_eager", "eager"):
+    check(load_config(["--compile.enable", f"--compile.backend={backend}"]), 1)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
