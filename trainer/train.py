@@ -17,7 +17,7 @@ from trainer.components.launch import Launch
 from trainer.components.logging_setup import setup_logging
 from trainer.components.run_status import RunStatus
 from trainer.config.durations import parse_duration
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, RunError
 from trainer.config.manager import LoadedConfig, load_config
 from trainer.config.render import format_config, write_config
 from trainer.distributed.stop_signals import StopRequestedError, StopSignals
@@ -25,13 +25,17 @@ from trainer.preflight import check, check_conversion, check_registered
 
 logger = logging.getLogger(__name__)
 
+FAILED = 1
 BAD_CONFIGURATION = 2
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 _EARLY = " before training began"
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run what the command line asks for. Return the exit code: 0, 2 for a configuration that cannot be run, 130 after Ctrl-C."""
+    """Run what the command line asks for.
+
+    Return the exit code: 0, 1 for a run that cannot go on, 2 for a configuration that cannot be run, 130 after Ctrl-C.
+    """
     rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     shown_ranks = {int(word) for word in environment.get("LOG_RANK", "0").split(",") if word.strip().isdecimal()}
     setup_logging(rank=rank, shown_ranks=shown_ranks)
@@ -50,8 +54,8 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         if config.model.converters and not (config.job.validate_only or plans):
             check_conversion(loaded, local_rank=int(environment.get("LOCAL_RANK", 0)), world_size=world_size)
     except ConfigError as error:
-        # Every rank finds the same; one tells it.
-        if rank == 0:
+        # Every process of a host finds the same; one tells it.
+        if int(environment.get("LOCAL_RANK", rank)) == 0:
             print(error, file=sys.stderr)
         return BAD_CONFIGURATION
     if config.job.validate_only:
@@ -77,8 +81,15 @@ def _run(loaded: LoadedConfig, environment: Mapping[str, str], *, rank: int, wor
     config = loaded.config
     status = RunStatus(Path(config.job.dump_folder), is_writer=rank == 0)
     if rank == 0:
-        _write_down(loaded)
-        status.clear()
+        try:
+            _write_down(loaded)
+            status.clear()
+        except OSError as error:
+            logger.error(
+                "job.dump_folder = %s: cannot be written (%s). Name another folder, or let this user write there",
+                config.job.dump_folder, error,
+            )  # fmt: skip
+            return FAILED
     with StopSignals() as signals:
         try:
             return _train(loaded, environment, status, signals, rank=rank, world_size=world_size)
@@ -100,22 +111,11 @@ def _train(
     # Late: importing torch takes seconds, and neither an answer of `main` nor a stop before it needs that.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from trainer.components.metric_writers import WANDB_NAMES
     from trainer.distributed.watchdog import Watchdog
     from trainer.trainer import Trainer
 
     config = loaded.config
-    launch = Launch(
-        rank=rank,
-        local_rank=int(environment.get("LOCAL_RANK", 0)),
-        world_size=world_size,
-        is_restart=any(
-            environment.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-        ),
-        ends_at=_find_end(config.job.time_limit, environment) if rank == 0 else None,
-        # Not the API key, which the package reads for itself: what is here may end up in a report.
-        wandb_variables={name: environment[name] for name in WANDB_NAMES if name in environment},
-    )
+    launch = _describe_launch(environment, rank=rank, world_size=world_size, time_limit=config.job.time_limit)
     trainer: Trainer | None = None
 
     def get_step() -> int:
@@ -130,8 +130,11 @@ def _train(
     @record  # torchrun's closing report names the rank that failed first, with its traceback
     def train() -> str:
         nonlocal trainer
-        with watchdog, Trainer(config, launch, watchdog, signals) as trainer:
-            return trainer.train()
+        try:
+            with watchdog, Trainer(config, launch, watchdog, signals) as trainer:
+                return trainer.train()
+        except RunError as error:
+            raise error.with_traceback(None) from None
 
     try:
         reason = train()
@@ -143,11 +146,29 @@ def _train(
         return INTERRUPTED
     except Exception as error:
         status.write("failed", step=get_step(), reason=watchdog.message or f"{type(error).__name__}: {error}")
+        if isinstance(error, RunError):  # the watchdog has told it, on one rank
+            return FAILED
         raise
     if reason and not config.checkpoint.enable:
         reason += "; checkpoint.enable = false, so nothing was saved"
     status.write("preempted" if reason else "complete", step=get_step(), reason=reason or "training.steps are done")
     return 0
+
+
+def _describe_launch(environment: Mapping[str, str], *, rank: int, world_size: int, time_limit: str | None) -> Launch:
+    """Return what the environment tells of this process and its run."""
+    from trainer.components.metric_writers import WANDB_NAMES  # late: it imports torch
+
+    restart_counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return Launch(
+        rank=rank,
+        local_rank=int(environment.get("LOCAL_RANK", 0)),
+        world_size=world_size,
+        is_restart=any(environment.get(name, "0") != "0" for name in restart_counts),
+        ends_at=_find_end(time_limit, environment) if rank == 0 else None,
+        # Not the API key, which the package reads for itself: what is here may end up in a report.
+        wandb_variables={name: environment[name] for name in WANDB_NAMES if name in environment},
+    )
 
 
 def _find_end(time_limit: str | None, environment: Mapping[str, str]) -> float | None:

@@ -324,6 +324,10 @@ def _train(rank: int, watchdog: Watchdog) -> None:
         watchdog.progress(step, "forward")
         time.sleep(0.05)
         all_reduce()
+    firsts = torch.tensor([watchdog.is_first_to_tell(text) for text in ("no such file", f"bad row on rank {rank}")])
+    firsts = firsts.long()
+    dist.all_reduce(firsts)
+    assert firsts.tolist() == [1, WORLD_SIZE], "what all find is told once"
     pid = os.fork()
     if pid == 0:
         time.sleep(10)
@@ -344,3 +348,4 @@ def test_one_process_and_no_heartbeat_start_no_thread() -> None:
             watchdog.start(dist.HashStore(), rank=0, world_size=world_size)
             assert not [thread for thread in threading.enumerate() if "watchdog" in thread.name]
             assert watchdog.explain(RuntimeError("NCCL error")) is None
+            assert watchdog.is_first_to_tell("bad row")

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.harness import run_distributed
 from trainer.components import checkpoint_files
 from trainer.components.checkpoint_files import write_manifest
+from trainer.config.errors import RunError
+from trainer.distributed.watchdog import Watchdog
 
 SECRETS = {name: f"hush-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
 """In the environment of every run."""
@@ -95,7 +97,7 @@ class Account:
 
     exit_code: int | None = None
     error: str = ""
-    """Type and message of what `main` raised."""
+    """Type and message of what the run ended with, whether `main` raised it or told it."""
     stdout: str = ""
     stderr: str = ""
     sequences: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
@@ -171,6 +173,10 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None, variab
                 raise OSError(28, "No space left on device")
         write_manifest(*args)
 
+    def note(_: Watchdog, error: BaseException) -> None:
+        if isinstance(error, RunError):
+            account.error = f"{type(error).__name__}: {error}"
+
     probe = _make_probe(account, keep, fault if fault is not None and fault.rank == rank else None)
     environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), **SECRETS, **variables}
     with (
@@ -181,6 +187,7 @@ def run_main(argv: list[str], keep: tuple[int, ...], fault: Fault | None, variab
         mock.patch.object(trainer_module, "open_store"),
         mock.patch.object(trainer_module, "init_process_group"),
         mock.patch.object(dist, "destroy_process_group"),
+        mock.patch.object(Watchdog, "explain", note),
         mock.patch.object(checkpoint_files, "write_manifest", write_manifest_slowly),
         mock.patch.dict(os.environ, SECRETS),
         contextlib.redirect_stdout(stdout),

@@ -1,5 +1,6 @@
 """train.py: what `main` answers, and that a run can be started again from what it wrote down."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ import torch
 
 from tests.distributed.training import SECRETS, USER_MODULE, Run
 from trainer import train
+from trainer.config.errors import UserError
 from trainer.config.manager import load_config
 from trainer.config.schema import JobConfig
+from trainer.distributed.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG_CONFIG = str(ROOT / "train_configs" / "debug_llama3.toml")
@@ -23,10 +26,10 @@ def answer(monkeypatch, tmp_path, capsys):
     """Calls `main`, where it must not come to a run. Returns exit code, stdout and stderr."""
     monkeypatch.setattr(train, "setup_logging", lambda **_: None)
 
-    def call(*argv: str, rank: int = 0, world_size: int = 1):
+    def call(*argv: str, rank: int = 0, world_size: int = 1, **variables: str):
         monkeypatch.setattr(train, "_run", lambda *_, **__: pytest.fail("a run was started"))
         folder = ["--job.dump_folder", str(tmp_path / "run")]
-        code = train.main([*folder, *argv], {"RANK": str(rank), "WORLD_SIZE": str(world_size)})
+        code = train.main([*folder, *argv], {"RANK": str(rank), "WORLD_SIZE": str(world_size), **variables})
         assert not (tmp_path / "run").exists(), "nothing is written before a run"
         return code, *capsys.readouterr()
 
@@ -57,6 +60,14 @@ def test_all_problems_are_told_at_once_by_the_first_rank_alone(answer):
         assert words in stderr
     assert "Traceback" not in stderr
     assert answer(*argv, rank=1, world_size=2) == (2, "", "")
+
+
+def test_problems_are_told_by_one_process_of_each_host(answer):
+    """Hosts may have files of their own."""
+    told = {}
+    for rank in range(4):
+        told[rank] = answer("--training.dataset=text", rank=rank, world_size=4, LOCAL_RANK=str(rank % 2))[2]
+    assert [bool(text) for text in told.values()] == [True, False, True, False]
 
 
 def test_number_of_processes_counts(answer):
@@ -113,6 +124,55 @@ def test_names_that_the_users_module_does_not_register_are_told(tmp_path, argv, 
     assert re.search(words, account.stderr)
     assert "command line" in account.stderr
     assert not run.dump_folder.exists()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_mistake_found_after_the_start_is_told_once_without_a_traceback(tmp_path, monkeypatch, caplog, is_first):
+    def fail(*_: object):
+        raise UserError("data.text_key = body: no such field")
+
+    monkeypatch.setattr("trainer.trainer.Trainer", fail)
+    monkeypatch.setattr(Watchdog, "is_first_to_tell", lambda *_: is_first)
+    monkeypatch.setattr(train, "setup_logging", lambda **_: None)
+    argv = ["--job.config_file", DEBUG_CONFIG, "--job.dump_folder", str(tmp_path)]
+    assert train.main(argv, {}) == 1
+    errors = [(record.getMessage(), record.exc_info) for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == [("data.text_key = body: no such field", None)] * is_first
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("failed", "UserError: data.text_key = body: no such field")
+
+
+def test_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_: object):
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr("trainer.trainer.Trainer", fail)
+    monkeypatch.setattr(train, "setup_logging", lambda **_: None)
+    with pytest.raises(ValueError, match="unpack") as caught:
+        train.main(["--job.config_file", DEBUG_CONFIG, "--job.dump_folder", str(tmp_path)], {})
+    assert any(entry.name == "fail" for entry in caught.traceback)
+
+
+def test_folder_that_cannot_be_written_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(train, "setup_logging", lambda **_: None)
+    assert train.main(["--job.config_file", DEBUG_CONFIG, "--job.dump_folder=/proc/run"], {}) == 1
+    assert "job.dump_folder = /proc/run: cannot be written ([Errno" in caplog.text
+
+
+def test_rows_and_folders_of_a_run_that_cannot_be_used_are_told(tmp_path):
+    run = Run(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"body": "iron"}\n')
+    rows = ["--training.dataset=jsonl", f"--training.dataset_path={tmp_path / 'rows.jsonl'}", "--data.max_bad_rows=0"]
+    run.dump_folder.mkdir()
+    run.checkpoints.touch()
+    for argv, words in (
+        (rows, r"data.max_bad_rows = 0; the last one: .*rows.jsonl, line 1: no field 'text', it has body"),
+        (["--checkpoint.enable"], "checkpoint.folder = checkpoint: .*run/checkpoint cannot be written .*Name another"),
+    ):
+        (account,) = run(1, *argv)
+        assert account.exit_code == 1
+        assert re.search(rf"ERROR +.*{words}", account.stdout)
+        assert "Traceback" not in account.stdout + account.stderr
 
 
 def test_run_can_be_started_again_from_what_it_wrote_down(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import logging
 import platform
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from trainer.components.checkpoint_state import MODEL, RNG, ModelState, RngState
 from trainer.components.checkpoint_write import CheckpointWriter, Save, SaveReport, in_thread
 from trainer.components.hf_checkpoint import HuggingFaceFiles
 from trainer.components.optimizer import Optimizers
+from trainer.config.errors import UserError
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -253,8 +255,16 @@ class CheckpointManager:
             self._lock.release()
 
     def _take_folder(self) -> None:
-        self._lock.acquire()
-        files.clean_leftovers(self._folder)
+        try:
+            if self._folder.exists():  # else it is made in the first save, beside the lock
+                tempfile.TemporaryFile(dir=self._folder).close()
+            self._lock.acquire()
+            files.clean_leftovers(self._folder)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint.folder = {self._section.folder}: {self._folder} cannot be written ({error.strerror or error}). "
+                "Name another job.dump_folder or checkpoint.folder, or let this user write there"
+            ) from error
 
     def _count_failure(self, error: RuntimeError, last: bool = False) -> None:
         """Let training go on after a failed save, unless there were too many. All ranks count alike."""

@@ -11,6 +11,7 @@ from trainer.components import checkpoint_files as files
 from trainer.components.checkpoint_checksums import FileSum
 from trainer.components.checkpoint_remote import RemoteCheckpoint, RemoteFolder, is_url
 from trainer.components.checkpoint_state import MODEL, RNG
+from trainer.config.errors import UserError
 from trainer.config.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class CheckpointChooser:
         local = files.list_steps(self._folder)
         steps = sorted({*local, *self._list_remote_steps()})
         if step not in steps:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.load_step = {step}: there is no whole checkpoint of that step in {self._folder}"
                 f"{self._name_remote()}; {_describe_steps(steps)}"
             )
@@ -144,7 +145,7 @@ class CheckpointChooser:
                     refusals.append(str(error))
                     self._tell_passed_over(error)
         if refusals:
-            raise ValueError(
+            raise UserError(
                 f"no checkpoint in {self._folder}{self._name_remote()} can be resumed from; the newest: {refusals[0]}"
                 + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else "")
                 + ". To begin anew, set another job.dump_folder or move them away"
@@ -162,13 +163,13 @@ class CheckpointChooser:
         if files.TENSOR_INDEX_NAME not in there:
             steps = RemoteFolder(name).list_steps() if remote else files.list_steps(path)
             inside = f"; it holds the checkpoints {', '.join(f'step-{s}' for s in steps)}: name one" if steps else ""
-            raise ValueError(f"{key}: there is no checkpoint here (no {files.TENSOR_INDEX_NAME}){inside}")
+            raise UserError(f"{key}: there is no checkpoint here (no {files.TENSOR_INDEX_NAME}){inside}")
         manifest = remote.read_manifest() if remote else files.read_manifest(path)
         copy: dict[str, Any] = {"url": name, "copied": tuple(there), "is_temporary": True} if remote else {}
         if self._section.initial_load_model_only:
             return Source(path, 0, (MODEL,), files.get_file_sums(manifest, name), **copy)
         if "step" not in manifest:
-            raise ValueError(
+            raise UserError(
                 f"{key} has no {files.MANIFEST_NAME}: another program wrote it, and only its weights can be loaded. Set "
                 "checkpoint.initial_load_model_only = true"
             )
@@ -183,7 +184,7 @@ class CheckpointChooser:
         path = files.step_path(self._folder, step)
         if remote is None:
             if not files.is_whole(path):
-                raise ValueError(f"{path} is not a whole checkpoint of this program")
+                raise UserError(f"{path} is not a whole checkpoint of this program")
             return self._make_source(path, step, files.read_manifest(path), is_own=True, replaceable=replaceable)
         checkpoint = remote.at(step)
         manifest = checkpoint.read_manifest()
@@ -205,7 +206,7 @@ class CheckpointChooser:
         wanted = [name for name in self._names if name not in excluded]
         lacking = [name for name in wanted if name not in held]
         if lacking:
-            raise ValueError(
+            raise UserError(
                 f"{place} holds {', '.join(sorted(held)) or 'nothing'}, but not {', '.join(lacking)}. A checkpoint of the weights "
                 "alone (checkpoint.last_save_model_only) can be begun from with checkpoint.initial_load_path; to start "
                 f"the missing parts afresh set checkpoint.exclude_from_loading = {lacking}"

@@ -23,6 +23,7 @@ from typing import Any
 from trainer.components.checkpoint_checksums import MISSING, FileSum, find_damage
 from trainer.components.checkpoint_unpickle import INDEX_NAME, check_names
 from trainer.components.durable_files import sync_folder, write_text
+from trainer.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ FORMAT_VERSION = 2
 """1 had no checksums."""
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """What a checkpoint says about itself is not what was written."""
 
 
@@ -136,7 +137,7 @@ def check_complete(path: Path, written: Mapping[str, FileSum]) -> None:
     damage = find_damage(path, written, shallow=True)
     missing = sorted(name for name, reason in damage.items() if reason == MISSING)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} files that other ranks wrote are not in {path} (such as {missing[0]}): all hosts must see the "
             "same folder. Set job.dump_folder to one on a file system that they share"
         )
@@ -237,7 +238,7 @@ def parse_manifest(content: bytes, place: Path | str) -> dict[str, Any]:
     if written != _sum_manifest(manifest) and not (written is None and manifest.get("format") == 1):
         raise DamagedError(f"{place} is damaged: CRC-32 {_sum_manifest(manifest)}, written was {written}")
     if manifest.get("format", 0) > FORMAT_VERSION:
-        raise ValueError(f"{place} has format {manifest['format']}: a later version of this program wrote it")
+        raise UserError(f"{place} has format {manifest['format']}: a later version of this program wrote it")
     return manifest
 
 

@@ -16,6 +16,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
@@ -27,7 +29,7 @@ _SETTLING_SECONDS = 0.5
 _tokens_of_this_process: set[str] = set()
 
 
-class FolderTakenError(ValueError):
+class FolderTakenError(UserError):
     """Another run writes its checkpoints there."""
 
 

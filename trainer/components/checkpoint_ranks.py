@@ -7,6 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trainer.config.errors import UserError
+
 
 class Ranks:
     """This process among those of the run, with a gloo group for small messages. Works without a process group too."""
@@ -37,7 +39,7 @@ class Ranks:
         """Run `work` on every rank (those that pass None have none) and return the result of each rank.
 
         Raises:
-            ValueError: some rank raised a ValueError: a mistake of the user. The message is that rank's.
+            UserError, ValueError: some rank raised one. The message is that rank's.
             RuntimeError: some rank raised anything else; "could not <task>", and what went wrong where.
         """
         cause: BaseException | None = None
@@ -47,16 +49,21 @@ class Ranks:
         # CheckpointException is not an Exception; interrupts and exits must pass.
         except (Exception, CheckpointException) as error:
             cause = error
-        problem = None if cause is None else (isinstance(cause, ValueError), describe_error(cause))
+        problem = None if cause is None else (_find_kind(cause), describe_error(cause))
         reports = self.all_gather((result, problem))
         problems = {rank: report[1] for rank, report in enumerate(reports) if report[1] is not None}
         if not problems:
             return [report[0] for report in reports]
-        for by_user, text in problems.values():
-            if by_user:
-                raise ValueError(text) from cause
+        for kind, text in problems.values():
+            if kind is not None:
+                raise kind(text) from cause
         texts = dict.fromkeys(text for _, text in problems.values())
         raise RuntimeError(f"could not {task}: rank {min(problems)}: {'; '.join(list(texts)[:3])}") from cause
+
+
+def _find_kind(error: BaseException) -> type[ValueError] | None:
+    """Return what an error is raised as on all ranks: its message alone, or, with None, in words about the task."""
+    return next((kind for kind in (UserError, ValueError) if isinstance(error, kind)), None)
 
 
 def describe_error(error: BaseException) -> str:

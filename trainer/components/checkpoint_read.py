@@ -24,6 +24,7 @@ from trainer.components.checkpoint_remote import RemoteCheckpoint, RemoteFolder
 from trainer.components.checkpoint_state import MODEL, RNG, select_plain
 from trainer.components.checkpoint_unpickle import SafeLoadPlanner, SafeReader
 from trainer.config.changes import find_changes, find_refused
+from trainer.config.errors import UserError
 from trainer.config.fields import suggest
 from trainer.config.schema import CheckpointConfig
 
@@ -60,7 +61,7 @@ class CheckpointReader:
         )
         for name in section.exclude_from_loading:
             if name not in states:
-                raise ValueError(
+                raise UserError(
                     f"checkpoint.exclude_from_loading: there is no state {name!r}.{suggest(name, states)} There are "
                     f"{', '.join(states)}"
                 )
@@ -111,7 +112,7 @@ class CheckpointReader:
             if source.url and self._ranks.rank == 0:
                 files.discard(source.path)
             if not source.replaceable:
-                raise ValueError(f"{source.place} is damaged: {text}")
+                raise UserError(f"{source.place} is damaged: {text}")
             if self._ranks.rank == 0:
                 logger.error("CHECKPOINT DAMAGED: %s: %s. Looking for another one to go on from.", source.place, text)
             damaged[source.place] = text
@@ -162,7 +163,7 @@ class CheckpointReader:
         refused = find_refused(changes, allowed=section.allow_config_change, excluded=section.exclude_from_loading)
         if refused:
             keys = [change.key for change in refused]
-            raise ValueError(
+            raise UserError(
                 f"{source.place} was saved with other settings, and the run would not go on as it was:\n  "
                 + "\n  ".join(map(str, refused))
                 + f"\nPut them back, or say that it is meant: --checkpoint.allow_config_change {' '.join(keys)}"
@@ -233,7 +234,7 @@ class CheckpointReader:
         prefixes = tuple(f"{name}." for name in source.names if name != RNG)
         weights = [key for key in left if key.startswith(f"{MODEL}.")] if MODEL in source.names else []
         if weights:
-            raise ValueError(f"{source.path} does not fit the model: it holds {_count(weights)} that the model has not")
+            raise UserError(f"{source.path} does not fit the model: it holds {_count(weights)} that the model has not")
         others = [key for key in left if key.startswith(prefixes)]
         if others and self._ranks.rank == 0:
             logger.warning("Not used of %s, because this run has no place for it: %s", source.path, _count(others))
@@ -270,7 +271,7 @@ def _look_twice(source: Source, damage: Mapping[str, str]) -> None:
     """Tell files that are not there from those that another host does not see, and name those that should not be there."""
     hidden = [name for name, reason in damage.items() if reason == MISSING and (source.path / name).exists()]
     if hidden:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: not every host sees its files (such as {hidden[0]}): all hosts must see the same folder. Set "
             "job.dump_folder to one on a file system that they share"
         )
@@ -296,7 +297,7 @@ def _check_fit(path: Path, wanted: Mapping[str, Any], metadata: Metadata) -> Non
     if misshapen:
         problems.append(f"shapes differ: {_count(misshapen)}")
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit this run: {'; '.join(problems)}. Use the model and optimizer that it was saved with, or leave "
             "parts out with checkpoint.exclude_from_loading"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.components.fqn import as_model_parts, clean_fqn
+from trainer.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def select_plain(entry: dict[str, Any], name: str, rank: int, world_size: int) -
         return entry["shared"]
     values = entry["by_rank"]
     if len(values) != world_size:
-        raise ValueError(
+        raise UserError(
             f"{name} was saved by {len(values)} processes, each with a state of its own, and cannot be divided among "
             f"{world_size}. Resume with {len(values)} processes, or start this part afresh with "
             f'checkpoint.exclude_from_loading = ["{name}"]'

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from trainer.config.errors import UserError
+
 INDEX_NAME = ".metadata"
 
 _DCP = "torch.distributed.checkpoint"
@@ -67,11 +69,11 @@ def read_index(folder: Path) -> Metadata:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or malicious pickle makes of itself
-        raise ValueError(f"{path} cannot be trusted: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} cannot be trusted: {type(error).__name__}: {error}") from error
     if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
-        raise ValueError(f"{path} is no index of a checkpoint")
+        raise UserError(f"{path} is no index of a checkpoint")
     if not isinstance(index.storage_data, dict):
-        raise ValueError(f"{path} does not say where tensors are stored")
+        raise UserError(f"{path} does not say where tensors are stored")
     check_names((getattr(stored, "relative_path", None) for stored in index.storage_data.values()), path)
     return index
 
@@ -84,7 +86,7 @@ def check_names(names: Iterable[Any], where: Path | str) -> None:
     """
     for name in dict.fromkeys(names):
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"{where} names the file {name!r}, which is not directly in its folder: it is not read")
+            raise UserError(f"{where} names the file {name!r}, which is not directly in its folder: it is not read")
 
 
 class SafeReader(dcp.FileSystemReader):

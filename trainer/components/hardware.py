@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -136,7 +138,7 @@ def use_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ValueError(
+        raise UserError(
             f"process {local_rank} of this host has no GPU: there are {count}. Start at most {count} (NGPU)"
         )
     torch.cuda.set_device(local_rank)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from models.hf_config import get_block_size
 from trainer.components.durable_files import write_text
 from trainer.components.hf_fp8 import DEQUANTIZED, dequantize, find_quantized, get_blocks, get_scale_name
+from trainer.config.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ class HFFolder:
         try:
             self._block = get_block_size(self.config)
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise UserError(f"{self.path}: {error}") from error
         self._scales: dict[str, StoredTensor] = {}
         self._set_scales_aside()
 
@@ -84,7 +85,7 @@ class HFFolder:
             self._read_header(file, weight_map)
         lost = sorted(set(weight_map or ()) - self.tensors.keys())
         if lost:
-            raise ValueError(
+            raise UserError(
                 f"{self.path / INDEX_NAME} promises {_count(lost)}, but the files do not have them: the folder is incomplete"
             )
 
@@ -132,9 +133,9 @@ class HFFolder:
             try:
                 self._open = file, safe_open(self.path / file, framework="pt")
             except FileNotFoundError as error:
-                raise ValueError(f"{self.path / file} is missing: the folder is incomplete") from error
+                raise UserError(f"{self.path / file} is missing: the folder is incomplete") from error
             except Exception as error:  # the library has exceptions of its own
-                raise ValueError(f"{self.path / file} is no whole safetensors file: {error}") from error
+                raise UserError(f"{self.path / file} is no whole safetensors file: {error}") from error
         return self._open[1]
 
 
@@ -147,20 +148,20 @@ def find_weights(path: Path) -> dict[str, str] | None:
         ValueError: there are no safetensors, or the index is damaged or names files elsewhere.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder of Hugging Face files")
+        raise UserError(f"{path}: there is no such folder of Hugging Face files")
     if (path / INDEX_NAME).is_file():
         weight_map = read_json(path / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{path / INDEX_NAME} is damaged: it has no weight_map of names and files")
+            raise UserError(f"{path / INDEX_NAME} is damaged: it has no weight_map of names and files")
         for file in set(weight_map.values()):
             if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
-                raise ValueError(f"{path / INDEX_NAME} names {file!r}: files must be in the folder itself")
+                raise UserError(f"{path / INDEX_NAME} names {file!r}: files must be in the folder itself")
         return weight_map
     if (path / SINGLE_NAME).is_file():
         return None
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     found = f"; {_NO_PICKLE.format(names=_count(pickles))}" if pickles else ""
-    raise ValueError(f"{path} has neither {INDEX_NAME} nor {SINGLE_NAME}{found}")
+    raise UserError(f"{path} has neither {INDEX_NAME} nor {SINGLE_NAME}{found}")
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -271,9 +272,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no table")
+        raise UserError(f"{path} is damaged: it holds no table")
     return content
 
 

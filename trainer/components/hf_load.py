@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from models.hf_layout import HuggingFaceAdapter, Place, Shape, describe_untied, find_places, read_box
 from trainer.components.hf_files import DTYPES, HFFolder
+from trainer.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def find_stored(folder: HFFolder, adapter: HuggingFaceAdapter) -> dict[str, list
         logger.info("Not read of %s, since this model has no use for it: %s", folder.path, _count(left_out))
     for copy, original in adapter.tied_hf.items():
         if copy in folder.tensors and not _is_same(folder, copy, original):
-            raise ValueError(f"{folder.path}: {describe_untied(copy, original)}")
+            raise UserError(f"{folder.path}: {describe_untied(copy, original)}")
     return find_places(tensors)
 
 
@@ -57,7 +58,7 @@ def check_shapes(folder: HFFolder, places: Mapping[str, Sequence[Place]], shapes
             if found != expected:
                 wrong.append(f"{tensor.name} ({found} there, {expected} here)")
     if wrong:
-        raise ValueError(f"{folder.path} does not fit this model: shapes differ: {_count(wrong)}. Check model.flavor")
+        raise UserError(f"{folder.path} does not fit this model: shapes differ: {_count(wrong)}. Check model.flavor")
 
 
 def check_args(folder: HFFolder, adapter: HuggingFaceAdapter, args: Any) -> None:
@@ -74,13 +75,13 @@ def check_args(folder: HFFolder, adapter: HuggingFaceAdapter, args: Any) -> None
     theirs = adapter.args_from_hf(folder.config)
     names = [field.name for field in dataclasses.fields(theirs) if field.name not in _OF_TRAINING]
     if type(theirs) is not type(args):
-        raise ValueError(f"{folder.path} holds another family: {type(theirs).__name__}, not {type(args).__name__}")
+        raise UserError(f"{folder.path} holds another family: {type(theirs).__name__}, not {type(args).__name__}")
     both = {name: (_describe(theirs, name), _describe(args, name)) for name in names}
     differing = {name: values for name, values in both.items() if values[0] != values[1]}
     wrong = {name: values for name, values in differing.items() if name not in _CHANGEABLE}
     if wrong:
         text = ", ".join(f"{name} ({there} there, {here} here)" for name, (there, here) in wrong.items())
-        raise ValueError(f"{folder.path} holds another network: {text}. Choose the model.flavor that it has")
+        raise UserError(f"{folder.path} holds another network: {text}. Choose the model.flavor that it has")
     for name, (there, here) in differing.items():
         logger.warning("%s was trained with %s = %s; this run has %s.", folder.path, name, there, here)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.config.errors import UserError
 from trainer.config.schema import MetricsConfig
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class TensorBoardWriter:
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError(
+            raise UserError(
                 "metrics.enable_tensorboard = true: the package tensorboard is not installed. "
                 "Install it, or set metrics.enable_tensorboard = false"
             )
@@ -190,7 +191,7 @@ class WandbWriter:
 
     def __init__(self, folder: Path, *, variables: Mapping[str, str], run_config: Mapping[str, Any] | None) -> None:
         if importlib.util.find_spec("wandb") is None:
-            raise ValueError(
+            raise UserError(
                 "metrics.enable_wandb = true: the package wandb is not installed. "
                 "Install it (pip install wandb), or set metrics.enable_wandb = false"
             )

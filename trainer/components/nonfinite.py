@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.components.host_copy import HostCopy
 from trainer.components.loss_window import LossWindow
 from trainer.components.poisoned import Kind, PoisonedBatches
+from trainer.config.errors import RunError
 from trainer.config.schema_training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 Policy = Literal["off", "warn", "stop", "skip", "rollback"]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError, RuntimeError):
     """Loss or gradient was not finite, or the loss a spike, and the policy says to stop."""
 
 

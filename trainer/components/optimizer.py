@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.components.fqn import as_model_parts, clean_fqn, named_parameters
 from trainer.components.muon import ShardedMuon
+from trainer.config.errors import UserError
 from trainer.config.fields import suggest
 from trainer.config.schema_training import OptimizerConfig, ParamGroupConfig
 from trainer.low_precision.adam import LowPrecisionAdam
@@ -254,7 +255,7 @@ def _check_patterns(section: OptimizerConfig, names: Iterable[str]) -> None:
         if not any(_matches(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
             example = close[0] if close else names[0]
-            raise ValueError(
+            raise UserError(
                 f"{key}: the pattern {pattern!r} matches no parameter that is trained. Patterns are globs over whole "
                 f"names, such as {example!r}"
             )

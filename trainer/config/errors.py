@@ -1,4 +1,4 @@
-"""What a wrong configuration raises."""
+"""What mistakes of the user raise: a wrong configuration, and what shows only once a run has begun."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +15,14 @@ class Problem:
 
     def __str__(self) -> str:
         return self.message
+
+
+class RunError(Exception):
+    """Ends a run by its message alone, which says what to change: it tells of no bug, so that nobody needs its traceback."""
+
+
+class UserError(RunError, ValueError):
+    """A mistake of the user's that shows only when a run looks closer: at data, files, folders, hosts."""
 
 
 class ConfigError(ValueError):

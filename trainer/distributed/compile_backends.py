@@ -30,7 +30,7 @@ def build_weight_backend(
     """Return the backend for graphs that gather weights, of the blocks of `model` or of all of it.
 
     Raises:
-        RuntimeError: a version of torch that the passes were not tried on.
+        UserError: a version of torch that the passes were not tried on.
     """
     compiler_versions.check_torch()
     return build_backend(section, _build_passes(model, plan, dims, parallelism, section))

@@ -9,6 +9,8 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import fx
 
+from trainer.config.errors import UserError
+
 # Tried on each of these. The passes work on graphs whose form torch promises to nobody.
 _SUPPORTED = ("2.11", "2.13")
 
@@ -17,10 +19,10 @@ def check_torch(version: str = torch.__version__) -> None:
     """Check that the passes were tried on this torch.
 
     Raises:
-        RuntimeError: they were not.
+        UserError: they were not.
     """
     if not version.startswith(tuple(f"{supported}." for supported in _SUPPORTED)):
-        raise RuntimeError(
+        raise UserError(
             f"parallelism.data_parallel_implementation = 'simple_fsdp' with compile.enable was tried on torch "
             f"{' and '.join(_SUPPORTED)}, and this is torch {version}: its graphs may have another form. Set 'fsdp2', or compile.enable "
             "= false, or add the version to trainer/distributed/compiler_versions.py once the tests of SimpleFSDP pass on it"

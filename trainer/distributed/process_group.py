@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.config.errors import UserError
 from trainer.config.schema_parallel import CommConfig
 from trainer.distributed.compile_cache import guard_compile_cache
 from trainer.distributed.parallel_dims import ParallelDims
@@ -82,7 +83,7 @@ def check_same_on_all_ranks(values: Mapping[str, str]) -> None:
     values: what it is, as a message names it, and its content.
 
     Raises:
-        ValueError: on all ranks, where some differ.
+        UserError: on all ranks, where some differ.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -92,7 +93,7 @@ def check_same_on_all_ranks(values: Mapping[str, str]) -> None:
     for name in mine:
         others = [rank for rank, theirs in enumerate(by_rank) if theirs[name] != by_rank[0][name]]
         if others:
-            raise ValueError(
+            raise UserError(
                 f"{name} of rank {', '.join(map(str, others))} is not that of rank 0: the run would go wrong without a word. "
                 "Give all hosts the same settings, files and versions"
             )

@@ -11,6 +11,7 @@ each rank writes some 300 bytes once in 5 s, and one rank reads them all, 512 to
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from contextlib import AbstractContextManager
 
 import torch.distributed as dist
 
+from trainer.config.errors import RunError
 from trainer.config.schema_parallel import CommConfig
 from trainer.distributed.stop_signals import StopRequestedError, StopSignals
 from trainer.distributed.watchdog_early_stop import EarlyStop
@@ -56,7 +58,8 @@ _PEER_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset b
 class Watchdog(AbstractContextManager):
     """Watches over the ranks of a run. Does nothing before `start`, and nothing in a run of one process.
 
-    `progress` is all that the training thread pays: one attribute. An error that leaves the `with` block is explained.
+    `progress` is all that the training thread pays: one attribute. An error that leaves the `with` block is explained; one that
+    needs no traceback (`RunError`) is told here, by one rank of those that ran into it.
     """
 
     def __init__(
@@ -106,6 +109,10 @@ class Watchdog(AbstractContextManager):
         """
         return None if self._watch is None else self._watch.explain(error)
 
+    def is_first_to_tell(self, message: str) -> bool:
+        """Return whether no other rank has told this before: what all find is told once. True where nothing joins the ranks."""
+        return self._watch is None or self._watch.is_first_to_tell(message)
+
     def close(self) -> None:
         """Stop watching. No thread is left, and other ranks do not miss this one."""
         if self._watch is not None:
@@ -113,6 +120,8 @@ class Watchdog(AbstractContextManager):
             self._watch = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, RunError) and self.is_first_to_tell(str(error)):
+            logger.error("%s", error)
         if error is not None:
             self.explain(error)
         self.close()
@@ -193,6 +202,13 @@ class _Watch:
         with contextlib.suppress(NoAnswerError):
             self._line.post(self._make_report())
         return None
+
+    def is_first_to_tell(self, message: str) -> bool:
+        """See `Watchdog.is_first_to_tell`."""
+        try:
+            return self._line.claim(f"told/{hashlib.sha256(message.encode()).hexdigest()}")
+        except NoAnswerError:
+            return True
 
     def close(self) -> None:
         """See `Watchdog.close`."""
@@ -445,7 +461,8 @@ class _Watch:
 def is_peer_error(error: BaseException) -> bool:
     """Return whether an error may come of what became of another rank: a broken connection, a collective's timeout."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(sign in text for sign in _PEER_ERRORS)
+    is_own = isinstance(error, RunError)
+    return not is_own and (isinstance(error, dist.DistError) or any(sign in text for sign in _PEER_ERRORS))
 
 
 def _first_line(error: BaseException) -> str:

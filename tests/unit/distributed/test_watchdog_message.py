@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
+from trainer.config.errors import UserError
 from trainer.distributed.watchdog import is_peer_error
 from trainer.distributed.watchdog_message import Cause, describe, find_cause, write_ranges
 from trainer.distributed.watchdog_report import Report, Wait, describe_entry, find_pending, pack_ranks, unpack_ranks
@@ -166,3 +167,4 @@ def test_errors_of_the_network_may_come_of_a_peer() -> None:
     assert is_peer_error(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
     assert is_peer_error(dist.DistBackendError("NCCL communicator was aborted"))
     assert not is_peer_error(ValueError("bad row"))
+    assert not is_peer_error(UserError("/data/nccl-mails/part-0.jsonl, line 7: not valid JSON"))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import fx
 
+from trainer.config.errors import UserError
 from trainer.distributed.compiler_versions import check_torch
 from trainer.distributed.weight_passes import WeightPasses, sort
 
@@ -77,5 +78,5 @@ def test_known_versions_pass(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.12.1", "2.14.0", "2.130.0", "3.0"])
 def test_unknown_versions_fail_with_a_way_out(version: str) -> None:
-    with pytest.raises(RuntimeError, match=f"this is torch {version}.*fsdp2"):
+    with pytest.raises(UserError, match=f"this is torch {version}.*fsdp2"):
         check_torch(version)

@@ -16,6 +16,7 @@ from trainer.components.data.sources import PREPARED, get_source_spec, open_docu
 from trainer.components.data.streaming import StreamingLoader, StreamShare
 from trainer.components.data.token_files import TokenDataset
 from trainer.components.tokenizer import Tokenizer
+from trainer.config.errors import UserError
 from trainer.config.schema_training import DataConfig, SourceConfig, TrainingConfig, ValidationConfig
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def build_dataloader(
     document_mask = attn_mask_type == BLOCK_CAUSAL
     if data.streaming:
         if len(configs) > 1:
-            raise ValueError(
+            raise UserError(
                 f"data.streaming reads one source, and data.sources has {len(configs)}: set data.streaming = false to "
                 "prepare and mix them, or leave one"
             )
@@ -126,7 +127,7 @@ def build_validation_loader(
     dataset = _open_dataset(config, tokenizer=tokenizer, data=data)
     source = _pack(config, dataset, data=data, seq_len=shape.seq_len, document_mask=document_mask, keep_tail=True)
     if source.packing.n_sequences < 1:
-        raise ValueError(f"validation.dataset {validation.dataset!r} has not one token to predict: take more data")
+        raise UserError(f"validation.dataset {validation.dataset!r} has not one token to predict: take more data")
     loader = DataLoader([source], shape=shape, seed=0, shuffle=False, packing=data.packing, **options)
     if dp_rank == 0:
         _log_validation(source, dataset, loader)
@@ -135,7 +136,7 @@ def build_validation_loader(
 
 def _open_dataset(config: SourceConfig, *, tokenizer: Tokenizer, data: DataConfig) -> TokenDataset:
     if not config.dataset:
-        raise ValueError("data.sources: a source has no `dataset`; name one, as in training.dataset")
+        raise UserError("data.sources: a source has no `dataset`; name one, as in training.dataset")
     return ensure_prepared(config.dataset, config.path, tokenizer=tokenizer, data=data)
 
 
@@ -209,9 +210,9 @@ def _build_stream(
 ) -> StreamingLoader:
     spec = get_source_spec(config.dataset)
     if spec.name == PREPARED:
-        raise ValueError("data.streaming cannot read token files, which need no streaming: set data.streaming = false")
+        raise UserError("data.streaming cannot read token files, which need no streaming: set data.streaming = false")
     if data.packing != "concat":
-        raise ValueError(
+        raise UserError(
             f"data.packing {data.packing!r} looks at all documents first, which a stream cannot: set data.packing = "
             "'concat' or data.streaming = false"
         )

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from trainer.config.errors import UserError
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 _TEXT_PIECE_BYTES = 16 * 2**20
@@ -236,7 +238,7 @@ class ParquetFile(LocalFile):
         try:
             return parquet.ParquetFile(self.path)
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a whole Parquet file ({error})") from error
+            raise UserError(f"{self.path}: not a whole Parquet file ({error})") from error
 
     def _row_groups(self, parquet: Any) -> list[tuple[int, int, int]]:
         """Returns first row, end and bytes of each group; checks the column first."""
@@ -244,12 +246,12 @@ class ParquetFile(LocalFile):
 
         schema = parquet.schema_arrow
         if self.text_key not in schema.names:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has no column {self.text_key!r}, it has {', '.join(schema.names)}: set data.text_key"
             )
         kind = schema.field(self.text_key).type
         if not any(check(kind) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string)):
-            raise ValueError(f"{self.path}: column {self.text_key!r} is {kind}, not string: set data.text_key")
+            raise UserError(f"{self.path}: column {self.text_key!r} is {kind}, not string: set data.text_key")
         metadata = parquet.metadata
         column = parquet.schema.names.index(self.text_key) if self.text_key in parquet.schema.names else 0
         groups, row = [], 0
@@ -350,7 +352,7 @@ def load_hugging_face(path: str, config: str | None, split: str) -> Any:
         return datasets.load_dataset(path, config, split=split, streaming=True)
     except Exception as error:  # the library raises many kinds, its own and those of the network
         where = path if config is None else f"{path} ({config})"
-        raise ValueError(
+        raise UserError(
             f"data set {where}, split {split!r}, cannot be opened: {type(error).__name__}: {error}"
         ) from error
 
@@ -393,7 +395,7 @@ class _Decompressed:
             try:
                 return method(*arguments)
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{self._path}: damaged or cut short ({error})") from error
+                raise UserError(f"{self._path}: damaged or cut short ({error})") from error
 
         return call
 
@@ -411,7 +413,7 @@ def _open_zst(path: Path, mode: str) -> Any:
     try:
         return importlib.import_module("zstandard").open(path, mode)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: reading .zst needs Python 3.14 or the package zstandard (pip install zstandard)"
         ) from error
 

@@ -20,6 +20,7 @@ from trainer.components.data.mixture import Mixture, MixtureSource, SourceProgre
 from trainer.components.data.packing import Packing
 from trainer.components.data.prefetch import DEFAULT_PREFETCH_FACTOR, Prefetcher, WaitClock, get_pin_device, to_tensors
 from trainer.components.loss import IGNORE_INDEX
+from trainer.config.errors import UserError
 from trainer.config.schema_training import DataloaderConfig
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class BatchShape:
     def __post_init__(self) -> None:
         assert 0 <= self.dp_rank < self.dp_degree, f"dp_rank {self.dp_rank} of {self.dp_degree}"
         if self.global_batch_size < 1 or self.global_batch_size % self.microbatch_size:
-            raise ValueError(
+            raise UserError(
                 f"training.global_batch_size {self.global_batch_size} is not a multiple of training.local_batch_size "
                 f"{self.local_batch_size} times {self.dp_degree} data-parallel ranks = {self.microbatch_size}"
             )
@@ -237,13 +238,13 @@ class DataLoader:
         """
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's data position has no {', '.join(missing)}: it is not one of an indexed data set. "
                 "Was data.streaming changed? To begin the data anew: "
                 'checkpoint.exclude_from_loading = ["dataloader"]'
             )
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(_explain_difference(state["identity"], self._identity))
+            raise UserError(_explain_difference(state["identity"], self._identity))
         if state["global_batch_size"] != self.shape.global_batch_size:
             logger.warning(
                 "training.global_batch_size was %d and is %d: the data go on after sequence %d, where they stopped",

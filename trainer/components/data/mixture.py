@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.components.data.sampling import EpochOrder, Permutation
+from trainer.config.errors import UserError
 
 BLOCK = 8192
 # Shares are kept as multiples of 2**-40, so that places are counted in exact integers.
@@ -146,7 +147,7 @@ class Mixture:
         shares = np.diff(np.array(self._borders, dtype=np.float64)) / 2**_SHARE_BITS
         for source, share in zip(self.sources, shares.tolist(), strict=True):
             if share * BLOCK < _MIN_PLACES:
-                raise ValueError(
+                raise UserError(
                     f"data.sources: {source.name!r} has weight {source.weight:g}, {share:.2g} of the whole. At least "
                     f"{_MIN_PLACES / BLOCK:.2g} is possible: raise its weight, join it with another source into one "
                     "data set, or remove it"
@@ -157,14 +158,14 @@ def _check_sources(sources: Sequence[MixtureSource]) -> None:
     seen = set()
     for source in sources:
         if not (math.isfinite(source.weight) and source.weight > 0):
-            raise ValueError(f"data.sources: {source.name!r} has weight {source.weight}: it must be a number above 0")
+            raise UserError(f"data.sources: {source.name!r} has weight {source.weight}: it must be a number above 0")
         if source.n_sequences < 1:
-            raise ValueError(
+            raise UserError(
                 f"data set {source.name!r} is too small: it has not one sequence of training.seq_len tokens. "
                 "Shorten training.seq_len, or take more data"
             )
         if source.name in seen:
-            raise ValueError(
+            raise UserError(
                 f"data.sources: two sources are named {source.name!r}; give each its own `name` to tell their logs apart"
             )
         seen.add(source.name)

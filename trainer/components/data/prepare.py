@@ -32,6 +32,7 @@ from trainer.components.data.token_files import (
 from trainer.components.data.token_shards import ShardWriter, read_shard_header, shard_name
 from trainer.components.data.tokenize_tasks import Chunk, count_workers, plan_tasks, run_tasks
 from trainer.components.tokenizer import Tokenizer
+from trainer.config.errors import UserError
 from trainer.config.schema import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def prepare(
                 bar.update(task.n_bytes, writer.add(chunk))
             n_text_bytes, n_bad_rows = writer.finish()
         if not (folder / shard_name(0)).is_file():
-            raise ValueError(f"{description or 'the source'} has no text: its documents are empty or cannot be used")
+            raise UserError(f"{description or 'the source'} has no text: its documents are empty or cannot be used")
         source = {"data": description, "work": key, "n_text_bytes": n_text_bytes, "n_bad_rows": n_bad_rows}
         finish_dataset(folder, source=source)
     dataset = TokenDataset.open(folder)
@@ -187,12 +188,12 @@ def prepare_source(
 
 def _open_prepared(path: str | None, tokenizer: Tokenizer) -> TokenDataset:
     if not path:
-        raise ValueError(
+        raise UserError(
             "training.dataset = 'prepared' needs training.dataset_path, a folder made by scripts/prepare_data.py"
         )
     dataset = TokenDataset.open(path)
     if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{path} was prepared with another tokenizer: its fingerprint is {dataset.tokenizer_fingerprint[:16]} (vocabulary "
             f"{dataset.vocab_size}), that of model.hf_assets_path is {tokenizer.fingerprint[:16]} (vocabulary "
             f"{tokenizer.vocab_size}). Use that tokenizer, or prepare the data anew"
@@ -217,7 +218,7 @@ def _find_whole_shards(folder: Path, key: str) -> tuple[int, _Place, int]:
         header = read_shard_header(path)
         resume = dict(header.resume)
         if resume.pop("work", None) != key:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds token files of other inputs, another tokenizer or another --shard-tokens; give another "
                 "folder, or empty this one"
             )
@@ -354,7 +355,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115  (closed below, which lets go of the lock)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder.parent} cannot be written ({error.strerror}); choose another data.cache_dir"
         ) from error
     with file:
@@ -372,9 +373,7 @@ def _locked(folder: Path) -> Iterator[None]:
                     logger.info("waiting for %s, which tokenizes %s (%.0f s so far)", holder, folder, now - started)
                 time.sleep(_WAIT_SECONDS)
             except OSError as error:
-                raise ValueError(
-                    f"{path} cannot be locked ({error.strerror}); choose a local data.cache_dir"
-                ) from error
+                raise UserError(f"{path} cannot be locked ({error.strerror}); choose a local data.cache_dir") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

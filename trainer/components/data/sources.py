@@ -21,6 +21,7 @@ from trainer.components.data.document_files import (
     TextFile,
     load_hugging_face,
 )
+from trainer.config.errors import UserError
 from trainer.config.fields import suggest
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class BadRows:
         self.count += 1
         logger.warning("bad row, left out: %s: %s", where, problem)
         if self.count > self.limit:
-            raise ValueError(
+            raise UserError(
                 f"{self.count} rows cannot be used, more than data.max_bad_rows = {self.limit}; the last one: {where}: {problem}"
             )
 
@@ -78,7 +79,7 @@ def get_source_spec(name: str) -> SourceSpec:
     if name in SOURCES:
         return SOURCES[name]
     known = [*SOURCES, HUGGING_FACE_PREFIX + "NAME"]
-    raise ValueError(f"unknown data set {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
+    raise UserError(f"unknown data set {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
 
 
 def register_source(spec: SourceSpec) -> None:
@@ -94,15 +95,15 @@ def check_source_path(spec: SourceSpec, path: str | None) -> None:
     Raises: ValueError naming the data set and the remedy.
     """
     if spec.path == "required" and not path:
-        raise ValueError(f"data set {spec.name!r} needs a path ({spec.description}): set training.dataset_path")
+        raise UserError(f"data set {spec.name!r} needs a path ({spec.description}): set training.dataset_path")
     if spec.path == "none" and path:
-        raise ValueError(f"data set {spec.name!r} takes no path, but {path!r} is given: remove training.dataset_path")
+        raise UserError(f"data set {spec.name!r} takes no path, but {path!r} is given: remove training.dataset_path")
     if not path or Path(path).expanduser().exists():
         return
     if not glob.has_magic(path):
-        raise ValueError(f"data set {spec.name!r}: {path} does not exist")
+        raise UserError(f"data set {spec.name!r}: {path} does not exist")
     if next(glob.iglob(str(Path(path).expanduser()), recursive=True), None) is None:
-        raise ValueError(f"data set {spec.name!r}: no file matches {path}")
+        raise UserError(f"data set {spec.name!r}: no file matches {path}")
 
 
 def open_documents(spec: SourceSpec, path: str | None, *, text_key: str, split: str) -> list[DocumentFile]:
@@ -117,10 +118,10 @@ def open_documents(spec: SourceSpec, path: str | None, *, text_key: str, split: 
     """
     check_source_path(spec, path)
     if spec.open_files is None:
-        raise ValueError(f"data set {spec.name!r} holds token ids, not text; it cannot be read as documents")
+        raise UserError(f"data set {spec.name!r} holds token ids, not text; it cannot be read as documents")
     files = list(spec.open_files(path, text_key, split))
     if not files:
-        raise ValueError(f"data set {spec.name!r}: no files with documents" + (f" in {path}" if path else ""))
+        raise UserError(f"data set {spec.name!r}: no files with documents" + (f" in {path}" if path else ""))
     return files
 
 
@@ -159,7 +160,7 @@ def _stdlib_files() -> list[tuple[int, DocumentFile]]:
     relative = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py") if file.is_file())
     wanted = [name for name in relative if not _TESTS.intersection(name.split("/"))]
     if not wanted:
-        raise ValueError(
+        raise UserError(
             f"data set 'stdlib': this Python has no source files in {root}; give text of your own (training.dataset = 'text')"
         )
     return [

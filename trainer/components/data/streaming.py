@@ -34,6 +34,7 @@ from trainer.components.data.prefetch import (
 from trainer.components.data.sampling import Permutation
 from trainer.components.data.sources import BadRows
 from trainer.components.loss import IGNORE_INDEX
+from trainer.config.errors import UserError
 from trainer.config.schema_training import DataloaderConfig
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class StreamShare:
                 if stop.is_set():
                     return
             if not found:
-                raise ValueError(
+                raise UserError(
                     f"data-parallel rank {self._dp_rank} of {self._dp_degree} finds no usable document in its share of "
                     f"{len(files)} files: take more data or fewer ranks, or prepare the data (data.streaming = false)"
                 )
@@ -345,18 +346,18 @@ class StreamingLoader:
         """
         remedy = 'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
         if "position" not in state:
-            raise ValueError(
+            raise UserError(
                 "the checkpoint's data position is not one of a stream: set data.streaming as it was, " + remedy
             )
         if (state["dp_degree"], state["dp_rank"]) != (self.shape.dp_degree, self.shape.dp_rank):
-            raise ValueError(
+            raise UserError(
                 f"a stream resumes on as many data-parallel ranks as it was saved on: {state['dp_degree']} (this was rank "
                 f"{state['dp_rank']}), now {self.shape.dp_degree} (rank {self.shape.dp_rank}). Use that number, prepare "
                 f"the data so that any number will do (data.streaming = false begins them anew), {remedy}"
             )
         if state["fingerprint"] != self.fingerprint:
             changed = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was made with another stream; what changed: {', '.join(changed)}. Put it back, {remedy}"
             )
         self.close()

@@ -39,6 +39,7 @@ from trainer.components.data.token_shards import (
     shard_name,
     sync_folder,
 )
+from trainer.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,13 @@ def finish_dataset(folder: Path, *, source: Mapping[str, Any] | None = None) -> 
     """
     paths = sorted(folder.glob("shard-*.tokens"))
     if [path.name for path in paths] != [shard_name(i) for i in range(len(paths))]:
-        raise ValueError(f"{folder}: shards are missing, found {[path.name for path in paths]}")
+        raise UserError(f"{folder}: shards are missing, found {[path.name for path in paths]}")
     headers = [read_shard_header(path) for path in paths]
     if not sum(header.n_tokens for header in headers):
-        raise ValueError(f"{folder}: there are no tokens to make a data set of")
+        raise UserError(f"{folder}: there are no tokens to make a data set of")
     kinds = {(header.dtype, header.vocab_size, header.tokenizer_fingerprint) for header in headers}
     if len(kinds) > 1:
-        raise ValueError(f"{folder}: the shards come from different tokenizers; prepare into an empty folder")
+        raise UserError(f"{folder}: the shards come from different tokenizers; prepare into an empty folder")
     documents_crc32 = _write_documents(folder, paths, headers)
     index = {
         "version": FORMAT_VERSION,
@@ -150,22 +151,22 @@ class TokenDataset:
         folder = Path(folder).expanduser()
         index_path = folder / INDEX_NAME
         if not index_path.is_file():
-            raise ValueError(f"{folder} is not a prepared data set: {_why_not_whole(folder)}")
+            raise UserError(f"{folder} is not a prepared data set: {_why_not_whole(folder)}")
         try:
             index = json.loads(index_path.read_text(encoding="utf-8"))
             version = index["version"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{index_path}: not an index of a prepared data set ({error})") from error
+            raise UserError(f"{index_path}: not an index of a prepared data set ({error})") from error
         if version != FORMAT_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{index_path}: format version {version}, this program reads {FORMAT_VERSION}; prepare anew"
             )
         try:
             dataset = cls(folder, index)
             if _fingerprint(index) != dataset.fingerprint:
-                raise ValueError(f"{index_path}: its fingerprint does not fit its content; was it edited?")
+                raise UserError(f"{index_path}: its fingerprint does not fit its content; was it edited?")
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{index_path}: not an index of a prepared data set (no {error})") from error
+            raise UserError(f"{index_path}: not an index of a prepared data set (no {error})") from error
         for shard in dataset.shards:
             check_size(folder / shard["file"], shard["file_size"])
         check_size(folder / DOCUMENTS_NAME, PAGE + (dataset.n_documents + 1) * OFFSET_DTYPE.itemsize)
@@ -221,7 +222,7 @@ class TokenDataset:
         if get_file_crc32(documents, PAGE, (self.n_documents + 1) * OFFSET_DTYPE.itemsize) != self._documents_crc32:
             problems.append(f"{documents}: its checksum is wrong")
         if problems:
-            raise ValueError("damaged data set, prepare it anew or copy it again:\n  " + "\n  ".join(problems))
+            raise UserError("damaged data set, prepare it anew or copy it again:\n  " + "\n  ".join(problems))
 
     def _copy(self, start: int, out: np.ndarray) -> None:
         if start < 0 or start + len(out) > self.n_tokens:
@@ -243,7 +244,7 @@ class TokenDataset:
             path = self.folder / info["file"]
             header = read_shard_header(path)
             if (header.n_tokens, header.tokens_crc32) != (info["n_tokens"], info["tokens_crc32"]):
-                raise ValueError(f"{path}: not the shard that {INDEX_NAME} lists; was it replaced?")
+                raise UserError(f"{path}: not the shard that {INDEX_NAME} lists; was it replaced?")
             tokens = map_array(path, self.dtype, PAGE, header.n_tokens)
             self._maps[shard] = tokens
             if len(self._maps) > _MAX_OPEN_SHARDS:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trainer.components import durable_files
+from trainer.config.errors import UserError
 
 FORMAT_VERSION = 1
 PAGE = 4096
@@ -108,7 +109,7 @@ class ShardWriter:
         """
         assert int(lengths.sum()) == len(tokens), "document lengths must sum to the number of tokens"
         if len(tokens) and int(tokens.max()) >= self._vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: token id {int(tokens.max())} is outside the vocabulary of {self._vocab_size}; "
                 "was the data tokenized with another tokenizer?"
             )
@@ -166,7 +167,7 @@ def read_shard_header(path: Path) -> ShardHeader:
     try:
         header = ShardHeader(**raw)
     except TypeError as error:
-        raise ValueError(f"{path}: the header does not describe a token shard ({error})") from error
+        raise UserError(f"{path}: the header does not describe a token shard ({error})") from error
     check_size(path, header.file_size)
     return header
 
@@ -217,15 +218,15 @@ def read_header(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             page = file.read(PAGE)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(page) < PAGE or page[: len(_MAGIC)] != _MAGIC:
-        raise ValueError(f"{path}: not a whole token file (its header is missing)")
+        raise UserError(f"{path}: not a whole token file (its header is missing)")
     _, version, length, crc = _PREFIX.unpack_from(page)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; prepare anew")
+        raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; prepare anew")
     text = page[_PREFIX.size : _PREFIX.size + length]
     if zlib.crc32(text) != crc:
-        raise ValueError(f"{path}: the checksum of its header is wrong")
+        raise UserError(f"{path}: the checksum of its header is wrong")
     return json.loads(text)
 
 
@@ -234,9 +235,9 @@ def check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if size != expected:
-        raise ValueError(f"{path}: {size} bytes where {expected} are expected; the file was cut short or replaced")
+        raise UserError(f"{path}: {size} bytes where {expected} are expected; the file was cut short or replaced")
 
 
 def map_array(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
