@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from trainer.components.data.loader import DataLoader
-from trainer.components.data.streaming import StreamingLoader
+from trainer.components.data.batch_loader import BatchLoader
 from trainer.components.durable_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ class PoisonedBatches:
     entries of another are dropped.
     """
 
-    def __init__(self, folder: Path, loader: DataLoader | StreamingLoader) -> None:
+    def __init__(self, folder: Path, loader: BatchLoader) -> None:
         """Collective. loader: that of the run's batches."""
         self.path = folder / POISONED_FILE
         self._identity = {"fingerprint": loader.fingerprint, "batch_size": loader.shape.global_batch_size}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.components.data.batch_loader import BatchLoader, BatchShape
 from trainer.components.data.document_files import LocalFile
-from trainer.components.data.loader import BatchShape, DataLoader, Source
+from trainer.components.data.loader import DataLoader, Source
 from trainer.components.data.mixture import SourceProgress
 from trainer.components.data.packing import BestFitPacking, ConcatPacking, Packing
 from trainer.components.data.prepare import ensure_prepared
@@ -34,7 +35,7 @@ def build_dataloader(
     dp_degree: int,
     seed: int,
     device_type: str,
-) -> DataLoader | StreamingLoader:
+) -> BatchLoader:
     """Build the loader of the training data; tokenizes text sources on first use, which may take long.
 
     Args:
@@ -94,7 +95,7 @@ def build_validation_loader(
     dp_rank: int,
     dp_degree: int,
     device_type: str,
-) -> DataLoader | StreamingLoader:
+) -> BatchLoader:
     """Build the loader of the validation data, to be walked over with `epoch_batches`, in the order of the data.
 
     With `data.streaming` and a limit in `validation.steps` the data are streamed too; otherwise they are prepared.

@@ -6,8 +6,6 @@ trains on therefore depends on neither the number of ranks nor the size of a mic
 the whole state is the number of sequences consumed.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.components.data.batch_loader import BatchLoader, BatchShape
 from trainer.components.data.mixture import Mixture, MixtureSource, SourceProgress
 from trainer.components.data.packing import Packing
-from trainer.components.data.prefetch import DEFAULT_PREFETCH_FACTOR, Prefetcher, WaitClock, get_pin_device, to_tensors
+from trainer.components.data.prefetch import DEFAULT_PREFETCH_FACTOR, Prefetcher, to_tensors
 from trainer.components.loss import IGNORE_INDEX
 from trainer.config.errors import UserError
-from trainer.config.schema_training import DataloaderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,53 +38,15 @@ class Source:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """How a global batch is spread: sequences of a microbatch of a rank, of a step, ranks, and tokens of a sequence.
-
-    Raises:
-        ValueError: the global batch is no whole number of microbatches.
-    """
-
-    local_batch_size: int
-    global_batch_size: int
-    seq_len: int
-    dp_rank: int = 0
-    dp_degree: int = 1
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.dp_rank < self.dp_degree, f"dp_rank {self.dp_rank} of {self.dp_degree}"
-        if self.global_batch_size < 1 or self.global_batch_size % self.microbatch_size:
-            raise UserError(
-                f"training.global_batch_size {self.global_batch_size} is not a multiple of training.local_batch_size "
-                f"{self.local_batch_size} times {self.dp_degree} data-parallel ranks = {self.microbatch_size}"
-            )
-
-    @property
-    def microbatch_size(self) -> int:
-        """Sequences of one microbatch over all ranks."""
-        return self.local_batch_size * self.dp_degree
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return self.global_batch_size // self.microbatch_size
-
-
-class DataLoader:
-    """Hands out this rank's microbatches, made ahead of time in threads.
-
-    A batch is a dict of CPU tensors (pinned on request), (local_batch_size, seq_len) int64: `tokens`, `labels`, and
-    `positions` where documents are masked.
+class DataLoader(BatchLoader):
+    """The loader of token files: any batch can be made at any time.
 
     Args:
         sources: at least one, with sequences of `shape.seq_len` tokens.
-        shape: the batch, and this rank's part in it.
         seed: seed of the run.
         shuffle: a new random order each epoch; without it the order of the data.
         packing: name of the packing, for the identity of the order.
-        section: threads, prefetch, pinned memory.
-        device_type: where batches go.
-        epoch_steps: batches after which `epoch_batches` stops; -1 for no limit.
+        shape, section, device_type, epoch_steps: see `BatchLoader`.
 
     Raises:
         ValueError: a source is empty or the mixture impossible.
@@ -96,23 +56,13 @@ class DataLoader:
         self,
         sources: Sequence[Source],
         *,
-        shape: BatchShape,
         seed: int,
         shuffle: bool,
         packing: str,
-        section: DataloaderConfig,
-        device_type: str = "cpu",
-        epoch_steps: int = -1,
+        shape: BatchShape,
+        **options: Any,
     ) -> None:
-        self.shape = shape
-        self._epoch_steps = epoch_steps
-        self._packings = [source.packing for source in sources]
-        self._mixture = Mixture(
-            [MixtureSource(s.name, s.packing.n_sequences, s.weight, s.fingerprint) for s in sources],
-            seed=seed,
-            shuffle=shuffle,
-        )
-        self._identity = {
+        identity = {
             "data": [source.fingerprint for source in sources],
             "mixture": [source.weight for source in sources],
             "seq_len": shape.seq_len,
@@ -121,30 +71,19 @@ class DataLoader:
             "shuffle": shuffle,
             "order_version": ORDER_VERSION,
         }
-        self._section = section
-        self._pin_device = get_pin_device(pin_memory=section.pin_memory, device_type=device_type)
+        super().__init__(shape=shape, identity=identity, **options)
+        self._packings = [source.packing for source in sources]
+        self._mixture = Mixture(
+            [MixtureSource(s.name, s.packing.n_sequences, s.weight, s.fingerprint) for s in sources],
+            seed=seed,
+            shuffle=shuffle,
+        )
         self._prefetcher: Prefetcher | None = None
-        self._consumed = 0
-        self._clock = WaitClock()
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of the run handed out so far, over all ranks."""
-        return self._consumed
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return self.shape.microbatches_per_step
 
     @property
     def n_sequences(self) -> int:
         """Sequences of all sources together, in one pass over each."""
         return sum(packing.n_sequences for packing in self._packings)
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the order of sequences: equal fingerprints mean equal batches at every place."""
-        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """Get the next microbatch of this rank.
@@ -153,14 +92,14 @@ class DataLoader:
             whatever went wrong in the thread that made this batch.
         """
         if self._prefetcher is None:
-            self._prefetcher = self._start(self._consumed)
+            self._prefetcher = self._start(self._sequences)
         try:
             with self._clock:
                 batch = self._prefetcher.get()
         except BaseException:
             self.close()  # what was made ahead belongs to later places
             raise
-        self._consumed += self.shape.microbatch_size
+        self._sequences += self.shape.microbatch_size
         return batch
 
     def batch(self, step: int, microbatch: int = 0) -> dict[str, torch.Tensor]:
@@ -170,7 +109,7 @@ class DataLoader:
 
     def position(self) -> dict[str, Any]:
         """Say what the next step trains on, for the record; `locate` names the sequences."""
-        return {"first_sequence": self._consumed, "sequences": self.shape.global_batch_size}
+        return {"first_sequence": self._sequences, "sequences": self.shape.global_batch_size}
 
     def locate(self, first: int, count: int) -> list[dict[str, Any]]:
         """Name the sequences [first, first + count) of the run: source, epoch, and sequence in that source.
@@ -190,12 +129,8 @@ class DataLoader:
         Args:
             step: after that many steps of the present global batch size; None: at this point of the run.
         """
-        consumed = self._consumed if step is None else step * self.shape.global_batch_size
+        consumed = self._sequences if step is None else step * self.shape.global_batch_size
         return self._mixture.describe(consumed, seq_len=self.shape.seq_len)
-
-    def take_wait_seconds(self) -> float:
-        """Get the seconds that `next_batch` had to wait since the last call of this method."""
-        return self._clock.take()
 
     def epoch_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Walk over all sequences once, source by source in the order of the data; for validation.
@@ -222,7 +157,7 @@ class DataLoader:
     def state_dict(self) -> dict[str, Any]:
         """The place after the batches handed out; batches made ahead do not count. The same on all ranks."""
         return {
-            "sequences": self._consumed,
+            "sequences": self._sequences,
             "fingerprint": self.fingerprint,
             "identity": self._identity,
             "global_batch_size": self.shape.global_batch_size,
@@ -254,7 +189,7 @@ class DataLoader:
                 extra={"same_on_all_ranks": True},
             )
         self.close()
-        self._consumed = int(state["sequences"])
+        self._sequences = int(state["sequences"])
 
     def close(self) -> None:
         """End the threads. A later `next_batch` starts them again."""

@@ -7,8 +7,6 @@ on how a library counts.
 """
 
 import functools
-import hashlib
-import json
 import logging
 import queue
 import threading
@@ -20,22 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.components.data.batch_loader import BatchLoader
 from trainer.components.data.document_files import Document, DocumentFile
-from trainer.components.data.loader import BatchShape
 from trainer.components.data.mixture import SourceProgress
 from trainer.components.data.packing import Batch, build_batch
-from trainer.components.data.prefetch import (
-    DEFAULT_PREFETCH_FACTOR,
-    BackgroundIterator,
-    WaitClock,
-    get_pin_device,
-    to_tensors,
-)
+from trainer.components.data.prefetch import DEFAULT_PREFETCH_FACTOR, BackgroundIterator, to_tensors
 from trainer.components.data.sampling import Permutation
 from trainer.components.data.sources import BadRows
 from trainer.components.loss import IGNORE_INDEX
 from trainer.config.errors import UserError
-from trainer.config.schema_training import DataloaderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -202,19 +193,16 @@ class StreamShare:
                     return
 
 
-class StreamingLoader:
-    """Hands out this rank's microbatches of a stream. Same batches and same methods as `DataLoader`.
+class StreamingLoader(BatchLoader):
+    """The loader of a stream, which goes forward only.
 
     Args:
         share: this rank's documents.
         name: name of the source, for logs.
         identity: what the order depends on besides the number of ranks: plain values, by name.
-        shape: the batch, and this rank's part in it.
         document_mask: keep positions and labels inside each document.
-        section: prefetch, pinned memory.
-        device_type: where batches go.
-        epoch_steps: batches that `epoch_batches` yields.
         read_timeout: seconds that a batch may take, the first of training excepted (a source takes its time to open). 0: any.
+        shape, section, device_type, epoch_steps: see `BatchLoader`; `epoch_batches` needs a number of steps.
     """
 
     def __init__(
@@ -223,40 +211,17 @@ class StreamingLoader:
         *,
         name: str,
         identity: dict[str, Any],
-        shape: BatchShape,
         document_mask: bool,
-        section: DataloaderConfig,
-        device_type: str = "cpu",
-        epoch_steps: int = -1,
         read_timeout: float = 0,
+        **options: Any,
     ) -> None:
-        self.shape = shape
+        super().__init__(identity={**identity, "stream_version": STREAM_VERSION}, **options)
         self._share = share
         self._read_timeout = read_timeout
         self._name = name
-        self._identity = {**identity, "stream_version": STREAM_VERSION}
         self._document_mask = document_mask
-        self._section = section
-        self._epoch_steps = epoch_steps
-        self._pin_device = get_pin_device(pin_memory=section.pin_memory, device_type=device_type)
         self._position = StreamPosition()
-        self._sequences = 0
         self._background: BackgroundIterator[Item] | None = None
-        self._clock = WaitClock()
-
-    @property
-    def microbatches_per_step(self) -> int:
-        return self.shape.microbatches_per_step
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of the run handed out so far, over all ranks."""
-        return self._sequences
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the order of documents, for a given number of ranks."""
-        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """Get the next microbatch of this rank.
@@ -322,10 +287,6 @@ class StreamingLoader:
         """Say where this rank's next step begins, for the record."""
         files = self._share.files_of(self._position.epoch)
         return {**asdict(self._position), "file": files[self._position.file].name}
-
-    def take_wait_seconds(self) -> float:
-        """Get the seconds that `next_batch` had to wait since the last call of this method."""
-        return self._clock.take()
 
     def state_dict(self) -> dict[str, Any]:
         """The place of this rank after the batches handed out. Each rank has its own."""

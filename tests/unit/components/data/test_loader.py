@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.components.data.loader import BatchShape, DataLoader, Source
+from trainer.components.data.batch_loader import BatchShape
+from trainer.components.data.loader import DataLoader, Source
 from trainer.components.data.packing import ConcatPacking
 from trainer.components.data.token_files import write_token_dataset
 from trainer.config.schema_training import DataloaderConfig

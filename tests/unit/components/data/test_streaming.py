@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trainer.components.data import streaming
+from trainer.components.data.batch_loader import BatchShape
 from trainer.components.data.document_files import Document, DocumentFile, HuggingFaceShard, JsonlFile, ParquetFile
-from trainer.components.data.loader import BatchShape
 from trainer.components.data.streaming import StreamingLoader, StreamPosition, StreamShare
 from trainer.config.schema_training import DataloaderConfig
 
