@@ -61,11 +61,7 @@ class RemoteCheckpoint:
 
     def list_names(self) -> list[str]:
         """Return the names of its files."""
-        self._fs.invalidate_cache()
-        try:
-            entries = _retry(f"list {self.url}", lambda: self._fs.ls(self._root, detail=True))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        entries = _list_folder(self._fs, self._root, self.url)
         return sorted(_last(entry["name"]) for entry in entries if entry["type"] == "file")
 
     def upload(self, local: Path, names: Iterable[str]) -> None:
@@ -142,12 +138,8 @@ class RemoteFolder:
 
     def list_steps(self) -> list[int]:
         """Return the steps of the whole checkpoints there, oldest first."""
-        self._fs.invalidate_cache()
-        try:
-            entries = _retry(f"list {self.url}", lambda: self._fs.ls(self._root, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        matches = [_STEP_NAME.fullmatch(_last(entry)) for entry in entries]
+        entries = _list_folder(self._fs, self._root, self.url)
+        matches = [_STEP_NAME.fullmatch(_last(entry["name"])) for entry in entries]
         return [step for step in sorted(int(match[1]) for match in matches if match) if self.at(step).is_whole()]
 
     def list_steps_by_age(self) -> list[int]:
@@ -156,6 +148,15 @@ class RemoteFolder:
 
 
 _STEP_NAME = re.compile(r"step-(0|[1-9]\d*)")
+
+
+def _list_folder(fs: Any, root: str, url: str) -> list[dict[str, Any]]:
+    """Return what a folder of a store holds right now, as fsspec describes it; nothing if it is not there."""
+    fs.invalidate_cache()
+    try:
+        return _retry(f"list {url}", lambda: fs.ls(root, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _last(path: str) -> str:
