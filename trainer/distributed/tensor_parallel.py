@@ -114,7 +114,7 @@ class Site:
     placed: dict[nn.Parameter, nn.Parameter]
     """What became of each parameter so far: modules that share one go on sharing it."""
     localizes: bool
-    """Whether `localize_weight` has anything to do."""
+    """Whether `localize_weight` makes local weights, rather than only places them."""
 
     def place_weight(self, placement: Placement) -> None:
         """Make the module's weight a DTensor.
@@ -160,17 +160,18 @@ class Site:
         for name, value in {"axis": self.axis, **attributes}.items():
             setattr(self.module, name, value)
 
-    def localize_weight(self) -> None:
-        """Make `module.local_weight`, this rank's part of the weight as a plain tensor, anew in each forward pass.
+    def localize_weight(self, placement: Placement) -> None:
+        """Place the weight, and make `module.local_weight`, this rank's part as a plain tensor, anew in each forward pass.
 
         That is before compiled code begins, which would else take in DTensors: they are slow to trace, and with
         recomputation do not compile in torch 2.13. FSDP's hook, which gathers the weight, goes before this one.
+
+        Raises:
+            ValueError: see `place_weight`.
         """
-        weight = self.module.weight
-        assert isinstance(weight, DTensor), f"{self.name}.weight has no placement yet"
-        if not self.localizes:
-            return
-        self.entry.register_forward_pre_hook(functools.partial(_localize_weight, self.module, weight.placements))
+        self.place_weight(placement)
+        if self.localizes:
+            self.entry.register_forward_pre_hook(functools.partial(_localize_weight, self.module, (placement,)))
 
 
 Style = Callable[[Site], None]
@@ -274,32 +275,27 @@ class SharedHeadLinear(nn.Linear):
 
 def apply_colwise(site: Site) -> None:
     site.become(ColwiseLinear)
-    site.place_weight(Shard(0))
-    site.localize_weight()
+    site.localize_weight(Shard(0))
 
 
 def apply_rowwise(site: Site, cls: type[nn.Linear] = RowwiseLinear) -> None:
     site.become(cls)
-    site.place_weight(Shard(1))
-    site.localize_weight()
+    site.localize_weight(Shard(1))
 
 
 def apply_gather_seq_colwise(site: Site) -> None:
     site.become(GatheringColwiseLinear)
-    site.place_weight(Shard(0))
-    site.localize_weight()
+    site.localize_weight(Shard(0))
 
 
 def apply_sequence_linear(site: Site) -> None:
     site.become(SequenceLinear)
-    site.place_weight(Replicate())
-    site.localize_weight()
+    site.localize_weight(Replicate())
 
 
 def apply_sequence_linear_gather(site: Site) -> None:
     site.become(GatheredSequenceLinear)
-    site.place_weight(Replicate())
-    site.localize_weight()
+    site.localize_weight(Replicate())
 
 
 def apply_colwise_kv(site: Site) -> None:
@@ -326,8 +322,7 @@ def apply_colwise_kv(site: Site) -> None:
         )
     head = rank * attention.n_kv_heads // degree
     site.become(SharedHeadLinear, rows=(head * attention.head_dim, (head + 1) * attention.head_dim))
-    site.place_weight(Replicate())
-    site.localize_weight()
+    site.localize_weight(Replicate())
 
 
 # Sequences.
@@ -354,8 +349,7 @@ class GatherSequence(nn.Module):
 
 def apply_sequence(site: Site) -> None:
     site.become(SequenceRMSNorm)
-    site.place_weight(Replicate())
-    site.localize_weight()
+    site.localize_weight(Replicate())
 
 
 def apply_gather_seq(site: Site) -> None:
@@ -382,8 +376,7 @@ def apply_router(site: Site) -> None:
     router = site.module
     assert isinstance(router, SequenceRouter)
     gate = replace(site, name=f"{site.name}.gate", module=router.gate, parent=router, entry=site.entry)
-    gate.place_weight(Replicate())
-    gate.localize_weight()
+    gate.localize_weight(Replicate())
 
 
 @functools.cache
