@@ -35,7 +35,10 @@ def find_stored(folder: HFFolder, adapter: HuggingFaceAdapter) -> dict[str, list
     Raises:
         ValueError: a tensor is missing or surplus, or shared tensors differ.
     """
-    tensors = adapter.match(folder.tensors.keys(), str(folder.path))
+    try:
+        tensors = adapter.match(folder.tensors.keys(), str(folder.path))
+    except ValueError as error:  # of models, which know nothing of runs
+        raise UserError(str(error)) from error
     left_out = sorted(adapter.list_left_out(folder.tensors.keys()))
     if left_out:
         logger.info("Not read of %s, since this model has no use for it: %s", folder.path, _count(left_out))

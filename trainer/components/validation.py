@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from trainer.config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 LossOfBatch = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -48,7 +50,7 @@ class Validator:
         """Return the mean loss in nats per token, and the seconds it took; None if it was to stop.
 
         Raises:
-            RuntimeError: the validation data has not one valid label.
+            UserError: the validation data has not one valid label.
         """
         began = time.perf_counter()
         self.has_run = True
@@ -64,8 +66,8 @@ class Validator:
         finally:
             self.model.train()
         if totals is None:
-            raise RuntimeError("the validation data has no batch; see validation.dataset and validation.seq_len")
+            raise UserError("the validation data has no batch; see validation.dataset and validation.seq_len")
         loss_sum, valid = self.sum_over_ranks(totals).tolist()
         if valid == 0:
-            raise RuntimeError("the validation data has no valid label; see validation.dataset and validation.seq_len")
+            raise UserError("the validation data has no valid label; see validation.dataset and validation.seq_len")
         return loss_sum / valid, time.perf_counter() - began

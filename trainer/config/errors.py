@@ -25,6 +25,10 @@ class UserError(RunError, ValueError):
     """A mistake of the user's that shows only when a run looks closer: at data, files, folders, hosts."""
 
 
+class ResourceError(RunError, RuntimeError):
+    """A disk, a network or a source of data failed, and goes on failing."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be run. `problems` lists everything that was found, one sentence each."""
 

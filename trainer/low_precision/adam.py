@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from trainer.config.errors import UserError
 from trainer.low_precision.moments import (
     Kind,
     Moment,
@@ -129,7 +130,7 @@ def _check_device(device: torch.device, kinds: tuple[Kind, Kind]) -> None:
     capability = torch.cuda.get_device_capability(device)
     if "float8" in kinds and capability < (8, 9):
         name = torch.cuda.get_device_name(device)
-        raise ValueError(
+        raise UserError(
             f"moments in float8 need a GPU of compute capability 8.9 or later, and {name} has "
             f"{capability[0]}.{capability[1]}. Use optimizer.name = AdamW8bit, or optimizer.state_dtype = bfloat16"
         )

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.config.errors import UserError
 from trainer.config.schema_quantize import Float8LinearConfig
 from trainer.low_precision.float8_layer import PARTS
 from trainer.low_precision.float8_linear import Float8Linear
@@ -157,7 +158,7 @@ def read_static_scales(section: Float8LinearConfig) -> tuple[dict[str, float], S
         scales = json.loads(Path(section.static_scales_file).read_text(encoding="utf-8"))["scales"]
         return common, {str(name): {kind: float(s) for kind, s in of.items()} for name, of in scales.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"quantize.linear.float8.static_scales_file = {section.static_scales_file!r} cannot be read as a file of scales "
             f"({error!r}): make one by a run with quantize.linear.float8.write_scales_file"
         ) from error
@@ -183,7 +184,7 @@ def set_static_scales(layers: Mapping[str, Float8Linear], section: Float8LinearC
                 continue
             scale = single.get(name, {}).get(kind, common.get(kind))
             if scale is None or not 0 < scale < math.inf:
-                raise ValueError(
+                raise UserError(
                     f"quantize.linear.float8.scaling_type_{kind} is static, but {name} has the scale {scale}. Give all layers one by "
                     f"quantize.linear.float8.static_scale_{kind}, or each its own by static_scales_file, which a run with "
                     "write_scales_file makes"

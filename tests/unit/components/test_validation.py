@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from trainer.components.validation import Validator
+from trainer.config.errors import UserError
 
 
 class Model(nn.Module):
@@ -86,5 +87,5 @@ def test_model_is_back_in_training_mode_after_an_error():
 
 @pytest.mark.parametrize(("batches", "message"), [([], "has no batch"), ([make_batch(0.0, valid=0)], "no valid label")])
 def test_data_without_a_label_is_an_error(batches, message):
-    with pytest.raises(RuntimeError, match=rf"{message}.*validation\.dataset"):
+    with pytest.raises(UserError, match=rf"{message}.*validation\.dataset"):
         make_validator(batches).run()

@@ -26,7 +26,7 @@ from trainer.components.data.prefetch import DEFAULT_PREFETCH_FACTOR, Background
 from trainer.components.data.sampling import Permutation
 from trainer.components.data.sources import BadRows
 from trainer.components.loss import IGNORE_INDEX
-from trainer.config.errors import UserError
+from trainer.config.errors import ResourceError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class StreamShare:
             endless: begin another epoch at the end of each; otherwise end with this one.
         Raises:
             ValueError: too many bad rows in an epoch, or no usable document in a whole one.
-            RuntimeError: a read failed again and again.
+            ResourceError: a read failed again and again.
         """
         at = start
         found = at != StreamPosition()
@@ -180,7 +180,7 @@ class StreamShare:
                 failures += 1
                 where = f"{file.name}, at {position}"
                 if failures > self._read_retries:
-                    raise RuntimeError(
+                    raise ResourceError(
                         f"reading {where} failed {failures} times, data.read_retries = {self._read_retries}; "
                         f"the last time: {type(error).__name__}: {error}"
                     ) from error
@@ -229,7 +229,7 @@ class StreamingLoader(BatchLoader):
         Raises:
             ValueError: more rows of an epoch than data.max_bad_rows are unusable. It is raised on this rank only; the others are in
                 a collective by then, so the process must end for the launcher to end them.
-            RuntimeError: a read failed data.read_retries times, or the source gave nothing for too long.
+            ResourceError: a read failed data.read_retries times, or the source gave nothing for too long.
         """
         has_begun = self._background is not None
         if self._background is None:
@@ -245,7 +245,7 @@ class StreamingLoader(BatchLoader):
             with self._clock:
                 return background.get(timeout or None)
         except queue.Empty as error:
-            raise RuntimeError(
+            raise ResourceError(
                 f"data: {self._name} gave no batch for {timeout} s (data.read_timeout_seconds), after "
                 f"{self.position()}. The source is slow or does not answer; prepare the data, or read it from a nearer place"
             ) from error
@@ -256,7 +256,7 @@ class StreamingLoader(BatchLoader):
         Ranks whose share ends before yield batches in which all labels are IGNORE_INDEX, so that all have as many.
 
         Raises:
-            RuntimeError: as `next_batch` does, and where the first batch does not come in time: other ranks have theirs.
+            ResourceError: as `next_batch` does, and where the first batch does not come in time: other ranks have theirs.
         """
         assert self._epoch_steps >= 0, "the number of batches of a stream must be given"
         background = self._start(StreamPosition(), endless=False)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trainer.components import durable_files
-from trainer.config.errors import UserError
+from trainer.config.errors import RunError, UserError
 
 FORMAT_VERSION = 1
 PAGE = 4096
@@ -35,7 +35,7 @@ _PREFIX = struct.Struct("<8sIII")  # magic, version, length and CRC-32 of the JS
 _CRC_CHUNK = 16 * 2**20
 
 
-class OutOfSpaceError(OSError):
+class OutOfSpaceError(RunError, OSError):
     """The disk (or quota) is full. What was whole stays, the half-written file is removed."""
 
     def __str__(self) -> str:
