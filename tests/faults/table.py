@@ -210,11 +210,12 @@ ROWS = (
     Row(
         26,
         "a row without its field, bad JSON, an empty source",
-        "named by file and row, left out, counted, and fatal past a limit",
+        "named by file and row, left out, counted, and fatal past a limit, in one message",
         (
             f"{DATA}/test_sources.py::test_bad_line_is_named_and_left_out",
             f"{DATA}/test_streaming.py::test_too_many_bad_rows_stop_after_the_good_batches",
             f"{DATA}/test_mixture.py::test_empty_source_is_refused",
+            "tests/unit/test_train.py::test_rows_and_folders_of_a_run_that_cannot_be_used_are_told",
         ),
     ),
     Row(
