@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from models.plan import ParallelPlan
 from trainer.config.schema_parallel import CompileConfig, ParallelismConfig
 from trainer.distributed import compiler_versions, weight_passes
+from trainer.distributed.flop_formulas import register_flop_formulas
 from trainer.distributed.fsdp import find_experts, find_units, reshards_after_forward
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_passes import WeightPasses
@@ -71,6 +72,8 @@ def _name_groups(dims: ParallelDims, axes: Sequence[str], hybrid_axis: int) -> f
 def build_backend(section: CompileConfig, passes: WeightPasses) -> Backend:
     """Return the backend of a section with these passes. One for all graphs of a process: blocks share theirs by it."""
     name, graph_passes = section.get_backend()
+    if graph_passes == "auto_bucketing":
+        register_flop_formulas()  # by which it estimates what hides a collective
     if name == "inductor":
         compile_graph: Backend = _build_inductor(passes, graph_passes)
     elif name == "aot_eager":

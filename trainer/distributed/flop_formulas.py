@@ -1,4 +1,5 @@
-"""FLOPs of operations that torch cannot count: the compiler weighs by them what to recompute for a memory budget.
+"""FLOPs of operations that torch cannot count: the compiler weighs by them what to recompute for a memory budget, and what may hide
+which collective.
 
 What has no formula counts as free. A multiply-add is two.
 """
@@ -6,11 +7,13 @@ What has no formula counts as free. A multiply-add is two.
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 
 from models.common.grouped_mm import GROUPED_MM, GROUPED_MM_BACKWARD
 from trainer.distributed.sequence_collectives import get_group
 from trainer.distributed.sharded_attention import OPERATION as SHARDED_ATTENTION
+
+_aten = torch.ops.aten
 
 
 def register_flop_formulas() -> None:
@@ -25,6 +28,21 @@ def register_flop_formulas() -> None:
         packet = operation.overloadpacket
         if packet not in flop_registry:
             register_flop_formula(packet)(formula)
+    for kernel in ("cudnn", "flash", "efficient"):
+        # torch 2.11 refuses to count where heads of queries share keys and values.
+        name = f"_scaled_dot_product_{kernel}_attention"
+        flop_registry[getattr(_aten, name)] = shape_wrapper(_count_attention)
+        flop_registry[getattr(_aten, f"{name}_backward")] = shape_wrapper(_count_attention_backward)
+
+
+def _count_attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """q: (B, N, S, H); k: (B, M, T, H); v: (B, M, T, V). Over the whole rectangle of queries and keys, as torch counts it."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _count_attention_backward(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """The scores once more; gradients of scores and v; gradients of q and k."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
 def _count_grouped_mm(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
-from torch.utils.flop_counter import FlopCounterMode
 
-from models.common.grouped_mm import GROUPED_MM, grouped_mm
+from models.common.grouped_mm import GROUPED_MM
 from models.common.router import Router
 from models.deepseek_v3.model import Transformer
 from models.deepseek_v3.plan import build_plan
@@ -23,7 +21,6 @@ from tests.unit.models.test_deepseek_v3_model import ARGS, fill, make_labels, ma
 from trainer.config.schema_parallel import ActivationCheckpointConfig, CompileConfig
 from trainer.distributed.activation_checkpoint import apply_activation_checkpoint
 from trainer.distributed.compile import apply_compile
-from trainer.distributed.flop_formulas import register_flop_formulas
 
 ONE_MIXTURE = dataclasses.replace(ARGS, n_layers=1, n_dense_layers=0, balance_loss_alpha=0.1)
 OP = {"mode": "selective", "selective_ac_option": "op"}
@@ -163,16 +160,3 @@ def test_memory_budget_compiles_blocks_that_are_alike_once() -> None:
     apply_compile(model, plan=build_plan(args), section=CompileConfig(enable=True, backend="aot_eager"))
     run(model).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_products_by_group_count_as_what_they_cost() -> None:
-    register_flop_formulas()
-    register_flop_formulas()  # twice is no harm
-    rows, weights = torch.randn(6, 8, requires_grad=True), torch.randn(3, 16, 8, requires_grad=True)
-    ends = torch.tensor([1, 3, 6], dtype=torch.int32)
-    for dtype in (torch.float32, torch.bfloat16):
-        with FlopCounterMode(display=False) as counter:
-            grouped_mm(rows.to(dtype), weights.to(dtype), ends).square().sum().backward()
-        with FlopCounterMode(display=False) as expected:
-            F.linear(rows, weights[0]).square().sum().backward()
-        assert counter.get_total_flops() == expected.get_total_flops() == 3 * 2 * 6 * 8 * 16
