@@ -17,6 +17,11 @@ from trainer.planner.plan import Plan, make_plan
 _CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 _LLAMA = ("--job.config_file", str(_CONFIGS / "llama3_8b.toml"), "--parallelism.fsdp_collectives", "nccl")
 _DEFAULT = ("--parallelism.fsdp_reshard_after_forward", "default")
+_LOW_MOMENTS = ("--optimizer.state_dtype", "bfloat16")
+_FLOAT8 = ("--job.config_file", str(_CONFIGS / "llama3_8b_float8.toml"), *_LLAMA[2:], *_DEFAULT)
+_RECIPE = "--quantize.linear.float8.recipe_name"
+_PRECOMPUTES = "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
+_GATHERS_BF16 = (f"{_PRECOMPUTES}=false", "--quantize.linear.float8.enable_fsdp_float8_all_gather=false")
 _LAYERS = (*_LLAMA, *_DEFAULT, "--model.flavor", "8 layers of 8B", "--training.local_batch_size")
 _DEEPSEEK = ("--job.config_file", str(_CONFIGS / "deepseek_v3_16b.toml"), "--activation_checkpoint.mode")
 _SIX_LAYERS = ("none", "--model.flavor", "6 layers of 16B", "--training.local_batch_size", "8")
@@ -52,6 +57,15 @@ ROWS = (
     Row(
         "Llama 8B, 131,072 tokens, CP 4, full AC", 4,
         (*_LLAMA, *_DEFAULT, *_FULL, "4", "--training.seq_len", "131072", "--training.local_batch_size", "1"), 49.6, 2588,
+    ),
+    Row("Llama 8B, batch 2, bf16 moments", 2, (*_LLAMA, *_DEFAULT, *_LOW_MOMENTS), 120.6, 10541),
+    Row("Llama 8B, float8 tensorwise, float8 gather", 2, _FLOAT8, 119.5, 14013),
+    Row("Llama 8B, float8 delayed, float8 gather", 2, (*_FLOAT8, _RECIPE, "delayed", f"{_PRECOMPUTES}=false"), 119.7, 14188),
+    Row("Llama 8B, float8 tensorwise", 2, (*_FLOAT8, *_GATHERS_BF16), 115.3, 13917),
+    Row("Llama 8B, float8 rowwise", 2, (*_FLOAT8, *_GATHERS_BF16, _RECIPE, "rowwise"), 114.5, 11379),
+    Row(
+        "Llama 8B, float8 rowwise_with_gw_hp, bf16 moments", 2,
+        (*_FLOAT8, *_GATHERS_BF16, _RECIPE, "rowwise_with_gw_hp", *_LOW_MOMENTS), 121.9, 12185,
     ),
     Row("8 layers of 8B, FSDP 4", 4, (*_LAYERS, "2"), 35.7, 34612),
     Row("8 layers, FSDP 2 x TP 2", 4, (*_LAYERS, "4", *_TP), 34.7, 32749),

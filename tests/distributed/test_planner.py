@@ -50,6 +50,12 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     gathered = next(entry for entry in plain.transfers if entry.kind == "all-gather")
     assert gathered.bytes >= 2 * plain.parameters  # bf16, each weight once or twice
     assert plain.fits
+    float8 = ["--model.converters", "float8", "--quantize.linear.float8.recipe_name", "delayed"]
+    float8 += ["--quantize.linear.float8.enable_fsdp_float8_all_gather", "--training.gradient_wire_dtype", "float8"]
+    low = plan([*debug, *float8, "--optimizer.state_dtype", "bfloat16"], 8)
+    assert low.worst.memory.parts["optimizer"] == pytest.approx(n_bytes, rel=0.05)
+    assert low.busy_seconds["float8 matmul"] > 0
+    assert sum(entry.bytes for entry in low.transfers) < 0.5 * sum(entry.bytes for entry in plain.transfers)
     offloaded = plan([*debug, "--training.enable_cpu_offload", "--model.attn_mask_type", "block_causal"], 8)
     parts = offloaded.worst.memory.parts
     assert parts["parameters"] < 0.1 * n_bytes  # buffers

@@ -79,7 +79,7 @@ def run_dry(
         dims = ParallelDims.from_config(config.parallelism, world_size)
         dims.build_mesh(_DEVICE.type)
         compilation = dataclasses.replace(config.compile, backend=_register_backend(recorder))
-        config = dataclasses.replace(config, compile=compilation)
+        config = _after_warmup(dataclasses.replace(config, compile=compilation))
         built = build_model(config, dims)
         config = _settle_accumulation(config, built.model, gpu)
         step = _Step(config, dims, built, recorder)
@@ -248,6 +248,13 @@ def _register_backend(recorder: Recorder) -> str:
     name = f"{_BACKEND}_{id(recorder)}"
     registry(build_backend(recorder), name=name)
     return name
+
+
+def _after_warmup(config: JobConfig) -> JobConfig:
+    """Return the settings without the first steps of delayed scaling, which are slower than all others."""
+    linear = dataclasses.replace(config.quantize.linear.float8, delayed_warmup_steps=0)
+    quantize = dataclasses.replace(config.quantize, linear=dataclasses.replace(config.quantize.linear, float8=linear))
+    return dataclasses.replace(config, quantize=quantize)
 
 
 def _settle_accumulation(config: JobConfig, model: nn.Module, gpu: Gpu) -> JobConfig:

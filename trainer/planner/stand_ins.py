@@ -15,6 +15,7 @@ from torch import Tensor
 from models.common.token_dispatch import RowOrder
 from trainer.components import loss, passes
 from trainer.distributed import expert_dispatch, sequence_split
+from trainer.planner import kernels
 from trainer.planner.operations import Work
 from trainer.planner.recorder import Recorder
 
@@ -31,6 +32,7 @@ def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
             (loss, "_accumulate_weight_gradient", _accumulate_weight_gradient_for(recorder)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(kernels.installed(recorder))
         stack.enter_context(_routing(recorder, 0.0 if is_balanced else _SPREAD))
         yield
 
