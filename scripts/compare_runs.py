@@ -130,7 +130,7 @@ def plot(runs: Sequence[RunHistory], path: Path, *, warmup: int) -> None:
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         if key != "loss":
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])  # a line along the edge is not seen
     base = runs[0].curve("loss")
     for place, run in enumerate(runs[1:], start=1):
         curve = run.curve("loss")
