@@ -67,9 +67,9 @@ def check(loaded: LoadedConfig, world_size: int | None, *, log_warnings: bool = 
         raise ConfigError(report)
 
 
-def check_registered(loaded: LoadedConfig) -> None:
+def check_registered(loaded: LoadedConfig, *, needs_files: bool = True) -> None:
     """Checks what `check` left to the user's module (`experimental.custom_import`), which is imported by now: its names
-    must be registered, and what they stand for must fit the rest. Imports torch.
+    must be registered, and what they stand for must fit the rest. Imports torch. needs_files: as there.
 
     Raises:
         ConfigError: something is wrong.
@@ -79,9 +79,10 @@ def check_registered(loaded: LoadedConfig) -> None:
 
     config = loaded.config
     without_module = dataclasses.replace(config.experimental, custom_import="")
+    find_more = find_preflight_problems if needs_files else find_layout_problems
     problems = [
         problem
-        for problem in find_preflight_problems(dataclasses.replace(config, experimental=without_module))
+        for problem in find_more(dataclasses.replace(config, experimental=without_module))
         if problem.keys[0] not in _TABLES  # which can be asked themselves now
     ]
     for key, look_up in zip(_TABLES, (get_optimizer_builder, get_expert_backend), strict=True):

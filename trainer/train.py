@@ -50,7 +50,7 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         check(loaded, None if config.job.plan_search else world_size, log_warnings=rank == 0, needs_files=not plans)
         if config.experimental.custom_import and not config.job.validate_only:
             importlib.import_module(config.experimental.custom_import)
-            check_registered(loaded)
+            check_registered(loaded, needs_files=not plans)
         if config.model.converters and not (config.job.validate_only or plans):
             check_conversion(loaded, local_rank=int(environment.get("LOCAL_RANK", 0)), world_size=world_size)
     except ConfigError as error:

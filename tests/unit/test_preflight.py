@@ -129,6 +129,14 @@ def test_backend_that_torch_has_not_is_refused(argv, key):
             check_registered(load_config(["--compile.enable", *argv, *user_module]))
 
 
+def test_plan_of_a_users_own_model_needs_no_tokenizer_either():
+    user_module = "--experimental.custom_import=tests.distributed.user_module"
+    loaded = load_config([user_module, "--model.hf_assets_path=/nowhere"])
+    check_registered(loaded, needs_files=False)
+    with pytest.raises(ConfigError, match="/nowhere"):
+        check_registered(loaded)
+
+
 def test_usual_backends_are_known_without_torch():
     code = """
 import sys
