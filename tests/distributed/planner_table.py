@@ -17,6 +17,7 @@ from trainer.planner.plan import Plan, make_plan
 _CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 _LLAMA = ("--job.config_file", str(_CONFIGS / "llama3_8b.toml"), "--parallelism.fsdp_collectives", "nccl")
 _DEFAULT = ("--parallelism.fsdp_reshard_after_forward", "default")
+_FOUR_LAYERS = ("--model.flavor", "4 layers of 8B")
 _LOW_MOMENTS = ("--optimizer.state_dtype", "bfloat16")
 _FLOAT8 = ("--job.config_file", str(_CONFIGS / "llama3_8b_float8.toml"), *_LLAMA[2:], *_DEFAULT)
 _RECIPE = "--quantize.linear.float8.recipe_name"
@@ -67,6 +68,9 @@ ROWS = (
         "Llama 8B, float8 rowwise_with_gw_hp, bf16 moments", 2,
         (*_FLOAT8, *_GATHERS_BF16, _RECIPE, "rowwise_with_gw_hp", *_LOW_MOMENTS), 121.9, 12185,
     ),
+    Row("4 layers of 8B", 1, (*_LLAMA, *_DEFAULT, *_FOUR_LAYERS), 46.7, 56212),
+    Row("4 layers, float8 tensorwise", 1, (*_FLOAT8, *_FOUR_LAYERS), 44.3, 66601),
+    Row("4 layers, float8 delayed", 1, (*_FLOAT8, *_FOUR_LAYERS, _RECIPE, "delayed", f"{_PRECOMPUTES}=false"), 44.3, 67427),
     Row("8 layers of 8B, FSDP 4", 4, (*_LAYERS, "2"), 35.7, 34612),
     Row("8 layers, FSDP 2 x TP 2", 4, (*_LAYERS, "4", *_TP), 34.7, 32749),
     Row("8 layers, FSDP 2 x CP 2", 4, (*_LAYERS, "4", *_CP), 35.8, 33432),
@@ -96,7 +100,8 @@ ROWS = (
 
 def plan_row(row: Row) -> Plan:
     """Return what the planner says of a measured run."""
-    LLAMA_FLAVORS["8 layers of 8B"] = dataclasses.replace(LLAMA_FLAVORS["8B"], n_layers=8)
+    for n_layers in (4, 8):
+        LLAMA_FLAVORS[f"{n_layers} layers of 8B"] = dataclasses.replace(LLAMA_FLAVORS["8B"], n_layers=n_layers)
     DEEPSEEK_FLAVORS["6 layers of 16B"] = dataclasses.replace(DEEPSEEK_FLAVORS["16B"], n_layers=6)
     return make_plan(load_config(row.arguments).config, row.gpus)
 
