@@ -34,6 +34,7 @@ from trainer.planner.hardware import Gpu
 from trainer.planner.memory import Memory, replay
 from trainer.planner.offload import offloading
 from trainer.planner.recorder import Recorder, Span
+from trainer.planner.shortcuts import shortcuts_taken
 from trainer.planner.stand_ins import installed
 
 _DEVICE = torch.device("cpu")
@@ -75,7 +76,7 @@ def run_dry(
     which reduces gradients.
     """
     recorder = Recorder(lambda work: gpu.seconds_of(work, gpus_per_host=gpus_per_host))
-    with _fake_process_group(rank, world_size):
+    with _fake_process_group(rank, world_size), shortcuts_taken(recorder):
         dims = ParallelDims.from_config(config.parallelism, world_size)
         dims.build_mesh(_DEVICE.type)
         compilation = dataclasses.replace(config.compile, backend=_register_backend(recorder))

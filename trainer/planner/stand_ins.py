@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.common.token_dispatch import RowOrder
 from trainer.components import loss, passes
-from trainer.distributed import expert_dispatch, sequence_split
+from trainer.distributed import expert_dispatch, expert_parallel, sequence_split
 from trainer.planner import kernels
 from trainer.planner.operations import Work
 from trainer.planner.recorder import Recorder
@@ -30,6 +30,7 @@ def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
             (passes, "build_document_mask", _build_document_mask),
             (sequence_split, "build_document_mask", _build_document_mask),
             (loss, "_accumulate_weight_gradient", _accumulate_weight_gradient_for(recorder)),
+            (expert_parallel, "_disable_current_modes", _disable_others_than(recorder)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(kernels.installed(recorder))
@@ -79,6 +80,18 @@ def _accumulate_weight_gradient_for(recorder: Recorder) -> Callable[[Tensor, Ten
         recorder.spend(Work("matmul", 2.0 * rows * vocab * dim, (vocab, dim, rows), name="addmm"))
 
     return accumulate
+
+
+def _disable_others_than(recorder: Recorder) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    disable = expert_parallel._disable_current_modes
+
+    @contextlib.contextmanager
+    def disable_others() -> Iterator[None]:
+        """Without the recorder FSDP would gather the experts in real memory, which nobody notes."""
+        with disable(), recorder:
+            yield
+
+    return disable_others
 
 
 _SPREAD = 0.45

@@ -111,5 +111,8 @@ class Streams:
             mock.patch.object(torch.cpu, "Event", self.make_event),
             mock.patch.object(torch.cpu, "current_stream", self.get_current),
             mock.patch.object(torch.cpu, "stream", self.use),
+            mock.patch.object(
+                torch.accelerator, "current_stream", self.get_current
+            ),  # for a gather that nobody waited for
         ):
             yield
