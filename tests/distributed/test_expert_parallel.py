@@ -52,7 +52,13 @@ CASES = [
     Case("tp2_plain_queries", 2, TP2, base=dataclasses.replace(EXPERT_ARGS, q_lora_rank=0)),
     Case("ep2_offload", 2, EP2, training={"enable_cpu_offload": True}, base=EXPERT_ARGS),
     Case("ep4_all_ranks", 4, EP4, base=EXPERT_ARGS),
-    Case("ep2_fsdp2_prefetch", 4, {**EP2, "fsdp_prefetch": 2}, base=EXPERT_ARGS),
+    Case(
+        "ep2_fsdp2_prefetch",
+        4,
+        {**EP2, "fsdp_prefetch": 2},
+        activation_checkpoint={"mode": "full"},
+        base=EXPERT_ARGS,
+    ),
     Case("ep2_hsdp", 4, {**EP2, **HSDP}, base=EXPERT_ARGS),
     Case("ep2_fsdp2_hsdp", 8, {**EP2, "data_parallel_replicate_degree": 2}, base=EXPERT_ARGS),
     *(

@@ -1,10 +1,12 @@
 """Plans of runs that were measured, and of small ones. Each dry run is a process of its own, of the planner's making."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from models.deepseek_v3.args import FLAVORS
 from tests.distributed.planner_table import ROWS, compare
 from trainer.config.manager import load_config
 from trainer.planner.hardware import GIB, GPUS
@@ -65,6 +67,26 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     copied = GPUS["H200"].pcie_bandwidth * offloaded.busy_seconds["host copy"]
     assert 2 * n_bytes <= copied <= 3.1 * n_bytes
     assert offloaded.step_seconds > plain.step_seconds + 0.5 * offloaded.busy_seconds["host"]
+
+
+def test_experts_are_gathered_once_for_each_of_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes late or again in a backward pass with recomputation: blocks, and the gradient of the balance loss."""
+    n_layers, n_dense = 4, 1
+    sizes = dataclasses.replace(FLAVORS["debugmodel"], n_layers=n_layers, balance_loss_alpha=0.01)
+    monkeypatch.setitem(FLAVORS, "4 layers", sizes)
+    arguments = {
+        "job.config_file": str(CONFIGS / "debug_deepseek_v3.toml"),
+        "model.flavor": "4 layers",
+        "parallelism.expert_parallel_degree": "2",
+        "activation_checkpoint.mode": "full",
+    }
+    planned = plan([word for key, value in arguments.items() for word in (f"--{key}", value)], 64)
+    counts = {(entry.axis, entry.kind): entry.count for entry in planned.transfers}
+    # 32 ranks for 8 experts: what each matrix is cut along is not its first dim.
+    assert counts["efsdp", "all-gather"] == 2 * (n_layers - n_dense)
+    # Embeddings, blocks and output; the output stays gathered between its passes.
+    assert counts["fsdp", "all-gather"] == 2 * (n_layers + 2) - 1
+    assert planned.worst.memory.parts["gathered weights"] > 0
 
 
 def test_answer_is_no_where_memory_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

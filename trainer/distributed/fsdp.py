@@ -229,20 +229,26 @@ def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
 def _set_prefetch(units: list[list[nn.Module]], experts: list[nn.Module], ahead: int) -> None:
     """Have each unit start gathering the weights of the next `ahead` units, in forward and in backward order.
 
-    Experts come after the block that they are in, in both.
+    Experts come after the block that they are in, in both. What is gathered and then not used stays in memory until the backward pass
+    ends. So neither asks for more when its turn may come again: experts run once more where their block is recomputed, and leave it to
+    the block, whose turn in the forward pass comes once, to ask for both; a block that learns of the gradient of its balance loss
+    after its experts are done asks, in the backward pass, only for them, as FSDP2 does by itself, once.
     """
-    for units_in_order, method in (
-        (units, FSDPModule.set_modules_to_forward_prefetch),
-        (units[::-1], FSDPModule.set_modules_to_backward_prefetch),
-    ):
-        order: list[nn.Module] = []
-        for unit in units_in_order:
-            inside = {module for part in unit for module in part.modules()}
-            order += [unit[0], *(module for module in experts if module in inside)]
-        for position, module in enumerate(order):
-            upcoming = order[position + 1 : position + 1 + ahead]
-            if upcoming:
-                method(module, upcoming)  # type: ignore[arg-type]  # all of them are FSDPModule by now
+    inside = {unit[0]: [module for module in experts if module in _list_modules(unit)] for unit in units}
+    forward = [module for unit in units for module in (unit[0], *inside[unit[0]])]
+    for position, module in enumerate(forward):
+        if module in inside:
+            end = position + 1 + len(inside[module]) + ahead
+            module.set_modules_to_forward_prefetch(forward[position + 1 : end])  # type: ignore[operator]
+    backward = [module for unit in reversed(units) for module in (unit[0], *inside[unit[0]])]
+    for position, module in enumerate(backward):
+        upcoming = backward[position + 1 : position + 1 + ahead]
+        if upcoming and not inside.get(module):
+            module.set_modules_to_backward_prefetch(upcoming)  # type: ignore[operator]
+
+
+def _list_modules(unit: list[nn.Module]) -> set[nn.Module]:
+    return {module for part in unit for module in part.modules()}
 
 
 def choose_accumulation(
