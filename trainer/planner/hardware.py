@@ -43,7 +43,7 @@ class Gpu:
 
     pcie_bandwidth: float = 50e9
     """Between the host's pinned memory and the device, either way."""
-    cpu_bandwidth: float = 31e9
+    cpu_bandwidth: float = 25e9
     """Of an update on the CPU, for each rank."""
 
     def seconds_of(self, work: "Work | Transfer", *, gpus_per_host: int = 8) -> float:

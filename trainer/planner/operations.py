@@ -33,13 +33,24 @@ class Work:
 
 def describe(operation: Any, args: tuple[Any, ...], outputs: Any, *, name: str = "") -> Work:
     """Return the work of an operation that was called with `args`. Tensors need only have a shape and a dtype."""
-    size = sum_bytes(list_tensors(args)) + sum_bytes(list_tensors(outputs))
+    size = sum(sum_bytes(list_tensors(part)) for part in (args, outputs, _list_updated(operation, args)))
     packet = getattr(operation, "overloadpacket", operation)
     formula = _FORMULAS.get(packet)
     if formula is None:
         return Work("memory", bytes=size, name=name or str(packet))
     kind, flops, shape = formula(*args)
     return Work(kind, float(as_number(flops)), tuple(map(as_number, shape)), size, name or str(packet))
+
+
+def _list_updated(operation: Any, args: tuple[Any, ...]) -> list[Any]:
+    """Return the arguments that an operation without results, such as a fused optimizer, reads and writes again."""
+    if not isinstance(operation, torch._ops.OpOverload) or operation._schema.returns:
+        return []
+    return [
+        value
+        for argument, value in zip(operation._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write and not argument.kwarg_only
+    ]
 
 
 def as_number(value: Any) -> Any:

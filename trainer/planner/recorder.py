@@ -224,7 +224,8 @@ class Recorder(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if not self._pauses:
+        # DTensors are not for this mode: their operations come again, with what this rank has of them.
+        if result is not NotImplemented and not self._pauses:
             self._observe(func, args, kwargs or {}, result)
         return result
 
