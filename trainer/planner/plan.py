@@ -100,11 +100,14 @@ def find_gpu(config: JobConfig) -> Gpu:
     return dataclasses.replace(gpu, memory=int(config.plan.memory_gib * GIB))
 
 
-def make_plan(config: JobConfig, world_size: int) -> Plan:
+def make_plan(config: JobConfig, world_size: int, *, ends_at: float | None = None) -> Plan:
     """Plan a run on `world_size` GPUs. No process group of others and no GPU is needed, nothing is started.
+
+    ends_at: when to give up, in seconds of the monotonic clock.
 
     Raises:
         ValueError: settings that do not fit each other, or that cannot be planned.
+        TimeoutError: it was not done by then.
     """
     gpu = find_gpu(config)
     pp = config.parallelism.pipeline_parallel_degree
@@ -121,7 +124,8 @@ def make_plan(config: JobConfig, world_size: int) -> Plan:
                 "microbatches": n_batches,
             }
             for place in chosen
-        ]
+        ],
+        ends_at=ends_at,
     )
     ranks = [RankPlan(place, run.memory, run.layers) for place, run in zip(chosen, runs, strict=True)]
     if len(chosen) < pp:

@@ -1,6 +1,7 @@
 """Layouts of a run that fit the GPUs, the fastest first: `--job.plan_search`."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -43,13 +44,14 @@ class Search:
         self,
         config: JobConfig,
         world_size: int,
-        plan: Callable[[JobConfig, int], Plan] = make_plan,
+        plan: Callable[[JobConfig, int], Plan] | None = None,
         *,
         show: Callable[[Result], None] = lambda _: None,
     ) -> None:
-        """show: is told of each layout that was planned."""
-        self._config, self._world_size, self._plan, self._show = config, world_size, plan, show
+        """plan: `make_plan`, unless another is given. show: is told of each layout that was planned."""
+        self._config, self._world_size, self._show = config, world_size, show
         self._ends_at = time.monotonic() + config.plan.search_seconds
+        self._plan = plan or functools.partial(make_plan, ends_at=self._ends_at)
         self._tried: dict[tuple[Any, ...], Result | None] = {}
         self.results: list[Result] = []
 
@@ -109,6 +111,8 @@ class Search:
             result = Result(layout, self._plan(config, self._world_size))
         except ValueError as error:
             logger.debug("%s: %s", layout, error)
+            return None
+        except TimeoutError:
             return None
         except RuntimeError as error:  # of one layout: the others may be what is looked for
             logger.warning(
@@ -181,7 +185,10 @@ def apply_layout(config: JobConfig, layout: Layout) -> JobConfig:
 def format_results(results: list[Result]) -> str:
     """Return the layouts as a table, and each as lines of TOML to paste."""
     if not results:
-        return "no layout passes the checks of settings and model: see what --job.plan says of the present one"
+        return (
+            "no layout was planned: the checks of settings and model refuse all that were tried (see what --job.plan says of the present "
+            "one), or none was done within plan.search_seconds"
+        )
     rows = [["", *_COLUMNS]]
     for number, result in enumerate(results, start=1):
         rows.append([f"{number}{'' if result.fits else ' does not fit'}", *_list_cells(result)])
