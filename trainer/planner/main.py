@@ -56,8 +56,8 @@ def _show_progress(result: Result, seconds: float) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep to itself what the parts of a run log for runs."""
-    levels = {"trainer": logging.ERROR, "torch.distributed": logging.ERROR, "torch._dynamo": logging.ERROR}
-    levels |= {"trainer.planner": logging.WARNING, "py.warnings": logging.ERROR}
+    noisy = ("trainer", "torch.distributed", "torch._dynamo", "torch._higher_order_ops", "py.warnings")
+    levels = dict.fromkeys(noisy, logging.ERROR) | {"trainer.planner": logging.WARNING}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

@@ -71,3 +71,17 @@ def test_where_nothing_fits_it_says_so():
     results, _, _ = search(lambda _: False, world_size=1)
     assert len(results) == 1
     assert "nothing fits" in format_results(results)
+
+
+def test_search_ends_with_what_it_has_when_a_layout_takes_too_long():
+    def plan(config, world_size):
+        tried.append(config)
+        if len(tried) == 2:
+            search._ends_at = 0.0
+            raise TimeoutError
+        return make_made_up_plan(needed=1)
+
+    tried: list[object] = []
+    search = Search(load_config(ARGUMENTS).config, 8, plan)
+    assert len(search.run()) == 1
+    assert len(tried) == 2
