@@ -69,18 +69,33 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     assert offloaded.step_seconds > plain.step_seconds + 0.5 * offloaded.busy_seconds["host"]
 
 
-def test_experts_are_gathered_once_for_each_of_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever comes late or again in a backward pass with recomputation: blocks, and the gradient of the balance loss."""
-    n_layers, n_dense = 4, 1
-    sizes = dataclasses.replace(FLAVORS["debugmodel"], n_layers=n_layers, balance_loss_alpha=0.01)
+def plan_four_layers(monkeypatch: pytest.MonkeyPatch, world_size: int, **parallelism: str) -> Plan:
+    """Plan a mixture with experts on two ranks, one dense block, and recomputation."""
+    sizes = dataclasses.replace(FLAVORS["debugmodel"], n_layers=4, balance_loss_alpha=0.01)
     monkeypatch.setitem(FLAVORS, "4 layers", sizes)
     arguments = {
         "job.config_file": str(CONFIGS / "debug_deepseek_v3.toml"),
         "model.flavor": "4 layers",
         "parallelism.expert_parallel_degree": "2",
         "activation_checkpoint.mode": "full",
-    }
-    planned = plan([word for key, value in arguments.items() for word in (f"--{key}", value)], 64)
+    } | {f"parallelism.{key}": value for key, value in parallelism.items()}
+    return plan([word for key, value in arguments.items() for word in (f"--{key}", value)], world_size)
+
+
+@pytest.mark.exhaustive
+def test_two_passes_at_once_are_both_on_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = {"pipeline_parallel_degree": "2", "pipeline_parallel_schedule": "DualPipeV"}
+    together = plan_four_layers(monkeypatch, 8, **schedule)
+    apart = plan_four_layers(monkeypatch, 8, **schedule, pipeline_parallel_expert_parallel_overlap="false")
+    assert together.worst.memory.reserved == pytest.approx(apart.worst.memory.reserved, rel=0.2)
+    counts = [sorted((x.axis, x.kind, x.count) for x in planned.transfers) for planned in (together, apart)]
+    assert counts[0] == counts[1]
+
+
+def test_experts_are_gathered_once_for_each_of_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes late or again in a backward pass with recomputation: blocks, and the gradient of the balance loss."""
+    n_layers, n_dense = 4, 1
+    planned = plan_four_layers(monkeypatch, 64)
     counts = {(entry.axis, entry.kind): entry.count for entry in planned.transfers}
     # 32 ranks for 8 experts: what each matrix is cut along is not its first dim.
     assert counts["efsdp", "all-gather"] == 2 * (n_layers - n_dense)

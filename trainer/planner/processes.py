@@ -1,5 +1,6 @@
 """Dry runs, each in a process of its own: torch remembers the meshes of a process group that is gone."""
 
+import gc
 import multiprocessing
 import os
 import time
@@ -60,6 +61,7 @@ def _take_result(process: ForkProcess, here: Connection, ends_at: float | None) 
 
 
 def _run_one(answer: Connection, run: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    gc.freeze()  # what was imported before the fork is not looked through for garbage over and over
     result: DryRun | Exception
     try:
         result = run(**arguments)

@@ -15,6 +15,7 @@ from torch import Tensor
 from models.common.token_dispatch import RowOrder
 from trainer.components import loss, passes
 from trainer.distributed import expert_dispatch, expert_parallel, sequence_split
+from trainer.distributed.turns import Turns
 from trainer.planner import kernels
 from trainer.planner.operations import Work
 from trainer.planner.recorder import Recorder
@@ -31,6 +32,7 @@ def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
             (sequence_split, "build_document_mask", _build_document_mask),
             (loss, "_accumulate_weight_gradient", _accumulate_weight_gradient_for(recorder)),
             (expert_parallel, "_disable_current_modes", _disable_others_than(recorder)),
+            (Turns, "run", _run_turns_with(recorder)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(kernels.installed(recorder))
@@ -94,6 +96,21 @@ def _disable_others_than(recorder: Recorder) -> Callable[[], contextlib.Abstract
     return disable_others
 
 
+def _run_turns_with(recorder: Recorder) -> Callable[..., None]:
+    run = Turns.run
+
+    def run_both(self: Turns, first: Callable[[], None], second: Callable[[], None], device: torch.device) -> None:
+        """Modes are a thread's own, and the second pass has a thread of its own."""
+
+        def recorded() -> None:
+            with recorder:
+                second()
+
+        run(self, first, recorded, device)
+
+    return run_both
+
+
 _SPREAD = 0.45
 """Standard deviation of the logarithms of the experts' loads in a layer. The busiest of 64 then has some 2.6 times the mean's, as
 the median layer of the 16B had in its first hundred steps (docs/benchmarks.md: 1.7 to 3)."""
@@ -125,8 +142,12 @@ def _routing(recorder: Recorder, spread: float) -> Iterator[None]:
         splits[:] = sent, [sent[self.axis.rank]] * self.axis.degree
         return send(self, tokens, gates, order)
 
+    def start_copy(_: Tensor) -> Callable[[], list[list[int]]]:
+        copied = list(splits)  # now: until the host looks, the other one of two passes at once may have sent rows
+        return lambda: copied
+
     with (
         mock.patch.object(expert_dispatch.ExchangingDispatcher, "send", noting_rows),
-        mock.patch.object(expert_dispatch, "_start_copy_to_host", return_value=lambda: list(splits)),
+        mock.patch.object(expert_dispatch, "_start_copy_to_host", start_copy),
     ):
         yield
