@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any
 
@@ -19,8 +19,8 @@ def run_all(
     ends_at: float | None = None,
     run: Callable[..., Any] = run_dry,
 ) -> list[DryRun]:
-    """Return what `run` does with each of these arguments. Processes begin with what is imported here, and run two at a time
-    or as many as there are cores. ends_at: seconds of the monotonic clock, after which those under way are ended.
+    """Return what `run` does with each of these arguments. Processes begin with what is imported here, and as many
+    run at a time as there are cores. ends_at: seconds of the monotonic clock, after which those under way are ended.
 
     Raises:
         ValueError: settings that a run would refuse.
@@ -28,33 +28,41 @@ def run_all(
         RuntimeError: something else went wrong in one of them.
     """
     context = multiprocessing.get_context("fork")
-    at_once = max(1, min(len(arguments), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
-    results: list[DryRun] = []
-    for begin in range(0, len(arguments), at_once):
-        started: list[tuple[ForkProcess, Connection]] = []
-        try:
-            for of_rank in arguments[begin : begin + at_once]:
+    at_once = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    # From the end: the last rank of a pipeline has the loss to compute, and would else be waited for alone.
+    upcoming = list(enumerate(arguments))
+    running: dict[Connection, tuple[int, ForkProcess]] = {}
+    results: dict[int, DryRun] = {}
+    try:
+        while upcoming or running:
+            while upcoming and len(running) < at_once:
+                place, of_rank = upcoming.pop()
                 here, there = context.Pipe(duplex=False)
                 process = context.Process(target=_run_one, args=(there, run, of_rank), daemon=True)
                 process.start()
                 there.close()
-                started.append((process, here))
-            results += [_take_result(process, here, ends_at) for process, here in started]
-        finally:
-            for process, _ in started:  # all have ended by themselves, unless one of them failed or took too long
-                process.kill()
-                process.join()
-    return results
+                running[here] = place, process
+            done = wait(list(running), None if ends_at is None else max(0.0, ends_at - time.monotonic()))
+            if not done:
+                raise TimeoutError("there is no time left")
+            for ready in done:
+                assert isinstance(ready, Connection)
+                place, process = running.pop(ready)
+                results[place] = _take_result(process, ready)
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+    return [results[place] for place in range(len(arguments))]
 
 
-def _take_result(process: ForkProcess, here: Connection, ends_at: float | None) -> DryRun:
-    if not here.poll(None if ends_at is None else max(0.0, ends_at - time.monotonic())):
-        raise TimeoutError("there is no time left")
+def _take_result(process: ForkProcess, here: Connection) -> DryRun:
     try:
         result = here.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"a process of the planner ended with {process.exitcode}, without a word") from None
+    process.join()
     if isinstance(result, Exception):
         raise result
     return result
