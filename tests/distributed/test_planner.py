@@ -92,6 +92,14 @@ def test_two_passes_at_once_are_both_on_fake_tensors(monkeypatch: pytest.MonkeyP
     assert counts[0] == counts[1]
 
 
+@pytest.mark.exhaustive
+def test_stages_in_float8_bring_their_amaxes_together() -> None:
+    float8 = ["--model.converters", "float8", "--quantize.linear.float8.recipe_name", "delayed"]
+    stages = ["--parallelism.pipeline_parallel_degree", "2"]
+    planned = plan(["--job.config_file", str(CONFIGS / "debug_llama3.toml"), *float8, *stages], 8)
+    assert [entry.count for entry in planned.transfers if entry.axis == "stage"] == [1]
+
+
 def test_experts_are_gathered_once_for_each_of_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes late or again in a backward pass with recomputation: blocks, and the gradient of the balance loss."""
     n_layers, n_dense = 4, 1

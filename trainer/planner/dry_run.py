@@ -79,6 +79,7 @@ def run_dry(
     with _fake_process_group(rank, world_size), shortcuts_taken(recorder):
         dims = ParallelDims.from_config(config.parallelism, world_size)
         dims.build_mesh(_DEVICE.type)
+        dims.stage_group()  # for float8's amaxes: a mesh is cut up by real tensors
         compilation = dataclasses.replace(config.compile, backend=_register_backend(recorder))
         config = _after_warmup(dataclasses.replace(config, compile=compilation))
         built = build_model(config, dims)
@@ -310,7 +311,7 @@ def _list_children(part: nn.Module) -> list[str]:
 
 
 def _name_groups(dims: ParallelDims) -> dict[str, str]:
-    names = ("pp", "dp_replicate", "fsdp", "tp", "cp", "efsdp", "ep", "etp", "dp", "loss", "world")
+    names = ("pp", "dp_replicate", "fsdp", "tp", "cp", "efsdp", "ep", "etp", "dp", "loss", "stage", "world")
     axes: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(KeyError):
