@@ -35,6 +35,7 @@ from trainer.distributed.pipeline_orders import build_order, find_overlapping
 from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.stage_copies import StageCopies
 from trainer.distributed.turns import TURNS
+from trainer.low_precision.float8_layer import list_state
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +288,7 @@ class _Pass:
         self.reduces = reduces
         self.trains = divisor is not None
         self.loss = torch.zeros((), dtype=torch.float32, device=self.activations.device)
+        self._recorded = {index: tuple(list_state(stage.module)) for index, stage in self.stages.items()}
         self._saved: dict[tuple[int, int], _Saved] = {}
         self._arrived: dict[tuple[str, int, int], tuple[Tensor, dist.Work | None]] = {}
         self._departing: dict[tuple[str, int, int], Tensor] = {}
@@ -317,7 +319,10 @@ class _Pass:
     def _carry_out(self, action: Action, final: bool) -> None:
         """final: whether it is the last to make gradients of its stage's weights, and these are to be reduced."""
         try:
-            with record_function(f"pipeline {action}"):
+            # A compiled graph keeps for backward what its backward pass writes to. That of another microbatch may come between, which
+            # autograd refuses for a tensor that gradients depend on: but what float8 layers record is none.
+            recorded = self._recorded[action.stage] if action.kind in ("B", "I", "W") else ()
+            with record_function(f"pipeline {action}"), torch.autograd._unsafe_preserve_version_counter(recorded):
                 self._run_action(action, final)
         except Exception as error:
             error.add_note(f"in {action} of pipeline rank {self.group.rank()} ({self.layout.schedule.name})")

@@ -67,6 +67,11 @@ class Float8Layer(nn.Module):
         return self
 
 
+def list_state(model: nn.Module) -> list[Tensor]:
+    """Return all that the layers of `model` scale by, record and count in."""
+    return [buffer for layer in model.modules() if isinstance(layer, Float8Layer) for buffer in layer.get_state()]
+
+
 def measure_rows(
     x: Tensor, x8: Quantized, kind: Kind, state: Sequence[Tensor], *, counted: Tensor | None = None
 ) -> None:
