@@ -249,7 +249,9 @@ def test_death_on_another_host_is_told_by_its_silence(tmp_path: Path) -> None:
     message = get_message(run(_die_in_backward, "tcp", tmp_path, hosts=("a", "b", "c")))
     assert message.startswith("training stands still in step 412 for ")
     assert "rank 1 (host b, pid " in message
-    assert "ago, last seen in backward of step 412: dead, frozen or cut off. Ranks 0, 2 wait in all_reduce" in message
+    # On a busy machine the two ranks may know of different things, such as the group.
+    waiting = r"ago, last seen in backward of step 412: dead, frozen or cut off\. (Ranks 0, 2 wait|Rank [02] waits) in all_reduce"
+    assert re.search(waiting, message)
 
 
 def test_loss_of_the_first_host_with_the_store_is_told_by_the_second(tmp_path: Path) -> None:
