@@ -187,13 +187,12 @@ def _check_tables(config: JobConfig) -> Iterator[Problem]:
 
 def _check_compilers(config: JobConfig) -> Iterator[Problem]:
     """Backends of torch.compile that this torch has not. Imports torch for a name that is not among the usual ones."""
-    section, given = config.compile, {}
+    section, names = config.compile, {}
     if "loss" in section.components:
-        given["compile.backend"] = section.backend
+        names["compile.backend"] = section.get_loss_backend()
     if "model" in section.components:
         key = "model_backend_override" if section.model_backend_override else "backend"
-        given[f"compile.{key}"] = getattr(section, key)
-    names = {key: name.removesuffix("_autobucketing") for key, name in given.items()}
+        names[f"compile.{key}"], _ = section.get_backend()
     unusual = [key for key, name in names.items() if section.enable and name not in _USUAL_COMPILERS]
     if not unusual:
         return
@@ -203,7 +202,8 @@ def _check_compilers(config: JobConfig) -> Iterator[Problem]:
     known = sorted({*_USUAL_COMPILERS, "inductor_autobucketing", "aot_eager_autobucketing", *list_backends()})
     for key in unusual:
         if names[key] not in every:
-            message = f"{key} = {given[key]}: torch has no such backend.{suggest(given[key], known)} Known: {', '.join(known)}."
+            given = get_value(config, key)
+            message = f"{key} = {given}: torch has no such backend.{suggest(given, known)} Known: {', '.join(known)}."
             remedy = "One of your own is registered (torch._dynamo.register_backend) by the module that experimental.custom_import names."
             yield Problem(f"{message} {remedy}", (key,))
 

@@ -200,7 +200,7 @@ def build_loss(
     """Return the loss of a run. chunk_size: `training.loss_chunk_size`"""
     return LinearCrossEntropy(
         chunk_size=chunk_size,
-        compile_backend=compilation.backend.removesuffix("_autobucketing")
+        compile_backend=compilation.get_loss_backend()
         if compilation.enable and "loss" in compilation.components
         else None,
         tp_group=dims.mesh("tp").get_group() if dims.tp > 1 else None,

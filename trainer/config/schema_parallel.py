@@ -86,6 +86,10 @@ class ActivationCheckpointConfig:
     """Report in detail when a recomputation differs from the forward pass."""
 
 
+_AUTO_BUCKETING = "_autobucketing"
+"""Ends the names of backends that stand for graph_passes = auto_bucketing."""
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """torch.compile, by default block by block."""
@@ -106,8 +110,12 @@ class CompileConfig:
     def get_backend(self) -> tuple[str, str]:
         """Return the name of torch's backend, and the graph passes, whichever setting asks for them."""
         given = self.model_backend_override or self.backend
-        name = given.removesuffix("_autobucketing")
+        name = given.removesuffix(_AUTO_BUCKETING)
         return name, "auto_bucketing" if name != given else self.graph_passes
+
+    def get_loss_backend(self) -> str:
+        """Return the name of torch's backend for the loss, which has no weights to gather."""
+        return self.backend.removesuffix(_AUTO_BUCKETING)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,10 @@ def _set_prefetch(units: list[list[nn.Module]], experts: list[nn.Module], ahead:
     the block, whose turn in the forward pass comes once, to ask for both; a block that learns of the gradient of its balance loss
     after its experts are done asks, in the backward pass, only for them, as FSDP2 does by itself, once.
     """
-    inside = {unit[0]: [module for module in experts if module in _list_modules(unit)] for unit in units}
+    inside: dict[nn.Module, list[nn.Module]] = {}
+    for unit in units:
+        modules = {module for part in unit for module in part.modules()}
+        inside[unit[0]] = [module for module in experts if module in modules]
     forward = [module for unit in units for module in (unit[0], *inside[unit[0]])]
     for position, module in enumerate(forward):
         if module in inside:
@@ -245,10 +248,6 @@ def _set_prefetch(units: list[list[nn.Module]], experts: list[nn.Module], ahead:
         upcoming = backward[position + 1 : position + 1 + ahead]
         if upcoming and not inside.get(module):
             module.set_modules_to_backward_prefetch(upcoming)  # type: ignore[operator]
-
-
-def _list_modules(unit: list[nn.Module]) -> set[nn.Module]:
-    return {module for part in unit for module in part.modules()}
 
 
 def choose_accumulation(

@@ -45,9 +45,8 @@ class ShardGather:
         is_dynamic = recipe.scaling_of("weight") == "dynamic"
         scale = self.scale if is_dynamic else self._linear.scale_weight
         if scale is None:
-            amax = torch.linalg.vector_norm(
-                shard, float("inf"), dtype=torch.float32
-            )  # one pass, where `get_amax` makes three
+            # One pass, where `get_amax` outside of compiled code makes several.
+            amax = torch.linalg.vector_norm(shard, float("inf"), dtype=torch.float32)
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
             scale = get_scale(amax, E4M3, power_of_2=recipe.power_of_2)
         # Recorded of this shard: the ranks' amaxes are brought together once a step, with all others.
