@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.low_precision.scaling import cast, get_amax
 
-_DTYPES = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 64, 128
 
@@ -25,14 +25,14 @@ def cast_both_ways(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor
     NaN if x has one.
     """
     assert dtype in _DTYPES, f"{dtype} is no float8 dtype"
-    if not x.is_cuda:
+    if not has_kernel(x):
         return cast_both_ways_plainly(x, scale, dtype)
     rows = torch.empty(x.shape, dtype=dtype, device=x.device)
     columns = torch.empty(x.shape[::-1], dtype=dtype, device=x.device)
     # Bits of a non-negative float, which order like the floats. A NaN's are above those of infinity.
     amax_bits = torch.zeros((), dtype=torch.int32, device=x.device)
     if x.numel():
-        _launch(x.contiguous(), scale, rows, columns, amax_bits, limit=_DTYPES[dtype])
+        _launch(x.contiguous(), scale, rows, columns, amax_bits)
     return rows, columns, amax_bits.view(torch.float32)
 
 
@@ -46,10 +46,16 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
 def cast_both_ways_plainly(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The same by torch's own operations."""
     rows = cast(x, scale, dtype)
-    return rows, rows.t().contiguous(), get_amax(x).float()
+    # Not `contiguous`, which copies no vector: an operation's results must not share memory.
+    return rows, rows.t().clone(memory_format=torch.contiguous_format), get_amax(x).float()
 
 
-def _launch(x: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, amax_bits: Tensor, *, limit: float) -> None:
+def has_kernel(x: Tensor) -> bool:
+    """Whether Triton can cast to float8 where a tensor is: to e4m3 it cannot before compute capability 8.9."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def _launch(x: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, amax_bits: Tensor) -> None:
     import triton
 
     n_rows, n_columns = x.shape
@@ -63,7 +69,6 @@ def _launch(x: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, amax_bits: 
             amax_bits,
             n_rows,
             n_columns,
-            limit,
             BLOCK_ROWS=_BLOCK_ROWS,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
             num_warps=8,

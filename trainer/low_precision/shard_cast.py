@@ -7,6 +7,7 @@ or six with the amax.
 import torch
 from torch import Tensor
 
+from trainer.low_precision.fused_cast import has_kernel
 from trainer.low_precision.scaling import cast, get_amax
 
 _BLOCK = 4096
@@ -18,7 +19,7 @@ def cast_shard(shard: Tensor, scale: Tensor, dtype: torch.dtype, *, amax: Tensor
 
     scale: 0-dim float32; amax: 0-dim float32, raised to the shard's largest magnitude if that is larger. It becomes NaN if there is one.
     """
-    if not shard.is_cuda:
+    if not has_kernel(shard):
         if amax is not None:
             amax.copy_(torch.maximum(amax, get_amax(shard).float()))
         return cast(shard, scale, dtype)
@@ -37,6 +38,5 @@ def _launch(shard: Tensor, scale: Tensor, data: Tensor, amax: Tensor | None) -> 
     amax_bits = None if amax is None else amax.view(torch.int32)
     with torch.cuda.device(shard.device):
         cast_flat_kernel[(triton.cdiv(shard.numel(), _BLOCK),)](
-            shard, scale, data, amax_bits, shard.numel(), torch.finfo(data.dtype).max,
-            FINDS_AMAX=amax is not None, BLOCK=_BLOCK, num_warps=8,
+            shard, scale, data, amax_bits, shard.numel(), FINDS_AMAX=amax is not None, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
