@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from trainer.low_precision.recipe import KINDS, Kind, Recipe
-from trainer.low_precision.scaling import Quantized, get_amax, measure
+from trainer.low_precision.scaling import Quantized, get_amax, get_scale, measure
 
 PARTS = ("scale", "amax", "counts")
 """What a layer's state has of each kind of tensor."""
@@ -16,6 +16,22 @@ PARTS = ("scale", "amax", "counts")
 def get_part(state: Sequence[Tensor], part: str, kind: Kind) -> Tensor:
     """Return one buffer of `Float8Layer.get_state`."""
     return state[PARTS.index(part) * len(KINDS) + KINDS.index(kind)]
+
+
+def find_scale(
+    kind: Kind, recipe: Recipe, state: Sequence[Tensor], find_amax: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scale of a tensor, with one scale, and its amax, fp32, if that had to be found for it. Both 0-dim."""
+    if recipe.scaling_of(kind) != "dynamic":
+        return get_part(state, "scale", kind), None
+    amax = find_amax().float()
+    return get_scale(amax, recipe.dtype_of(kind), power_of_2=recipe.power_of_2), amax
+
+
+def record_amax(amax: Tensor, kind: Kind, state: Sequence[Tensor]) -> None:
+    """Raise the largest magnitude in a layer's state to `amax`, 0-dim fp32: the same however often a forward pass is recomputed."""
+    recorded = get_part(state, "amax", kind)
+    recorded.copy_(torch.maximum(recorded, amax))
 
 
 class Float8Layer(nn.Module):
@@ -77,6 +93,5 @@ def measure_rows(
 ) -> None:
     """Note in a layer's state how a tensor was cast. counted: see `scaling.measure`"""
     seen = x if counted is None else torch.where(counted, x, 0)
-    recorded = get_part(state, "amax", kind)
-    recorded.copy_(torch.maximum(recorded, get_amax(seen).float()))
+    record_amax(get_amax(seen).float(), kind, state)
     measure(x, x8, get_part(state, "counts", kind), counted=counted)

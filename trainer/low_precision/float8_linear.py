@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from trainer.low_precision.float8_layer import Float8Layer, get_part, measure_rows
+from trainer.low_precision.float8_layer import Float8Layer, find_scale, get_part, measure_rows, record_amax
 from trainer.low_precision.float8_tensor import Float8Tensor, as_high_precision
 from trainer.low_precision.fused_cast import cast_both_ways
 from trainer.low_precision.matmul import multiply
 from trainer.low_precision.recipe import E4M3, Kind, Recipe
-from trainer.low_precision.scaling import Quantized, cast, get_amax, get_scale, measure, quantize
+from trainer.low_precision.scaling import Quantized, cast, get_amax, measure, quantize
 
 
 class Float8Linear(Float8Layer, nn.Linear):
@@ -54,7 +54,7 @@ def become_float8(module: nn.Linear, recipe: Recipe) -> None:
     module.make_state(device=module.weight.device)
 
 
-class _BothWays(NamedTuple):
+class BothWays(NamedTuple):
     """One matrix as it takes part in two products: values laid out by rows for the one, by columns for the other.
 
     Where there is one layout, `multiply` makes the other.
@@ -70,53 +70,55 @@ class _TensorwiseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, *state: Tensor) -> Tensor:
-        x8, w8 = _quantize(x, "input", recipe, state), _quantize(weight, "weight", recipe, state)
+        x8, w8 = cast_by_recipe(x, "input", recipe, state), cast_by_recipe(weight, "weight", recipe, state)
         # Not saved for backward: what is recorded changes before it runs.
         ctx.recipe, ctx.dtypes, ctx.state = recipe, (x.dtype, weight.dtype), state
-        keeps_weight = recipe.recomputes_weight or isinstance(weight, Float8Tensor)
-        ctx.save_for_backward(*x8.columns, *((weight,) if keeps_weight else w8.columns))
+        ctx.save_for_backward(*x8.columns, *choose_kept(weight, w8, recipe))
         return multiply(x8.rows, w8.rows.t(), out_dtype=x.dtype, fast=True, emulate=recipe.emulate, pads=recipe.pads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recipe, (x_dtype, weight_dtype), state = ctx.recipe, ctx.dtypes, ctx.state
         x_data, x_scale, *weight = ctx.saved_tensors
-        g8 = _quantize(grads[0], "grad_output", recipe, state)
+        g8 = cast_by_recipe(grads[0], "grad_output", recipe, state)
         grad_x = grad_weight = None
         options = {"fast": False, "emulate": recipe.emulate, "pads": recipe.pads}
         if ctx.needs_input_grad[0]:
-            w8 = Quantized(*weight) if len(weight) == 2 else _quantize(weight[0], "weight", recipe, state).columns
-            grad_x = multiply(g8.rows, w8, out_dtype=x_dtype, **options)
+            grad_x = multiply(g8.rows, restore_weight(weight, recipe, state), out_dtype=x_dtype, **options)
         if ctx.needs_input_grad[1]:
             grad_weight = multiply(g8.columns.t(), Quantized(x_data, x_scale), out_dtype=weight_dtype, **options)
         return grad_x, grad_weight, None, *(None for _ in state)
 
 
-def _quantize(x: Tensor, kind: Kind, recipe: Recipe, state: Sequence[Tensor]) -> _BothWays:
-    """Cast a tensor as the recipe says, and record what it says. state: see `Float8Layer.get_state`"""
+def cast_by_recipe(x: Tensor, kind: Kind, recipe: Recipe, state: Sequence[Tensor]) -> BothWays:
+    """Cast a matrix with one scale as the recipe says, and record what it says. state: see `Float8Layer.get_state`"""
     if isinstance(x, Float8Tensor):
-        return _BothWays(x.quantized, x.quantized)
-    dtype, is_dynamic, records = recipe.dtype_of(kind), recipe.scaling_of(kind) == "dynamic", recipe.records_of(kind)
-    amax = scale = None
-    if is_dynamic:
-        amax = get_amax(x).float()
-        scale = get_scale(amax, dtype, power_of_2=recipe.power_of_2)
-    else:
-        scale = get_part(state, "scale", kind)
+        return BothWays(x.quantized, x.quantized)
+    dtype, records = recipe.dtype_of(kind), recipe.records_of(kind)
+    scale, amax = find_scale(kind, recipe, state, lambda: get_amax(x))
     if recipe.fuses_cast_of(kind):
         rows, columns, seen = cast_both_ways(x, scale, dtype)
-        both = _BothWays(Quantized(rows, scale), Quantized(columns.t(), scale))
+        both = BothWays(Quantized(rows, scale), Quantized(columns.t(), scale))
     else:
         seen = get_amax(x).float() if records and amax is None else amax
         one = Quantized(cast(x, scale, dtype), scale)
-        both = _BothWays(one, one)
+        both = BothWays(one, one)
     if records:
-        # A maximum is the same however often a forward pass is recomputed.
-        recorded = get_part(state, "amax", kind)
-        recorded.copy_(torch.maximum(recorded, seen))
+        assert seen is not None, "found with the scale, or here"
+        record_amax(seen, kind, state)
     if recipe.measures:
         measure(x, both.rows, get_part(state, "counts", kind))
     return both
+
+
+def choose_kept(weight: Tensor, w8: BothWays, recipe: Recipe) -> tuple[Tensor, ...]:
+    """Return what to keep of a weight for g w: what was cast, or what it can be had from again."""
+    return (weight,) if recipe.recomputes_weight or isinstance(weight, Float8Tensor) else w8.columns
+
+
+def restore_weight(kept: Sequence[Tensor], recipe: Recipe, state: Sequence[Tensor]) -> Quantized:
+    """Return a weight for g w. kept: see `choose_kept`"""
+    return Quantized(*kept) if len(kept) == 2 else cast_by_recipe(kept[0], "weight", recipe, state).columns
 
 
 @torch._dynamo.allow_in_graph

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed.weight_collectives import Layout, gather_shards, reduce_gradient
-from trainer.low_precision.float8_layer import get_part
+from trainer.low_precision.float8_layer import get_part, record_amax
 from trainer.low_precision.float8_linear import Float8Linear
 from trainer.low_precision.float8_tensor import Float8Tensor, as_high_precision
 from trainer.low_precision.recipe import E4M3, Recipe
@@ -39,8 +39,7 @@ class _GatherFloat8Weight(torch.autograd.Function):
             amax = get_amax(shard).float()
             if records:
                 # Of this shard: the ranks' amaxes are brought together once a step, with all others.
-                recorded = get_part(state, "amax", "weight")
-                recorded.copy_(torch.maximum(recorded, amax))
+                record_amax(amax, "weight", state)
             if scale is None:
                 amax = _ops.wait_tensor(_ops.all_reduce(amax, "max", layout.shard_group))
                 scale = get_scale(amax, E4M3, power_of_2=recipe.power_of_2)
