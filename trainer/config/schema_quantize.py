@@ -75,7 +75,7 @@ class Float8LinearConfig:
     round_scales_to_power_of_2: bool = False
     """Round scales down to powers of two. The rowwise recipes always do."""
     fused_cast: Literal["never", "gradients", "all"] = "gradients"
-    """Cast a tensor by rows and by columns, and find its largest magnitude, in one kernel: gradients of outputs, which are needed both ways at once, or inputs, too, which are then kept for the backward pass, a byte an element, rather than cast again. never: leave it to the compiler."""
+    """Cast a tensor by rows and by columns, and find its largest magnitude, in one kernel: gradients of outputs, which are needed both ways at once, or inputs, too, which are then kept for the backward pass, a byte an element, rather than cast again. With either, a feed-forward part with one scale a tensor computes as one function, in which one kernel each way does all that is between the products. never: leave it to the compiler."""
     fp8_opt_level: Literal["O1", "O2"] | None = None
     """MS-AMP's levels. O1: gradients travel in float8, too (training.gradient_wire_dtype = float8). O2: also, the moments of AdamW are kept in float8 and bfloat16 (optimizer.state_dtype = float8)."""
     measure_freq: int = 0

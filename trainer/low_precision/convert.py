@@ -19,6 +19,7 @@ from trainer.config.schema_quantize import (
 from trainer.config.schema_training import TrainingConfig
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.low_precision.float8_experts import apply_float8_experts, check_expert_device, plan_float8_experts
+from trainer.low_precision.float8_feed_forward import fuse_feed_forwards
 from trainer.low_precision.float8_linear import Float8Linear, become_float8
 from trainer.low_precision.layer_choice import SECTION, Conversion, get_styles, plan_float8
 from trainer.low_precision.recipe import build_recipe
@@ -126,6 +127,8 @@ def apply_float8(
         assert isinstance(module, Float8Linear)
         if styles.get(name, "").startswith("colwise") and styles.get(parent_name) == "gather_seq":
             module.input_group = parent_name  # each gets what the parent gathered
+    if recipe.fuses_feed_forward:
+        fuse_feed_forwards(model)
     return conversion
 
 

@@ -21,6 +21,7 @@ from trainer.config.schema_quantize import (
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.simple_fsdp import list_layouts
 from trainer.low_precision.float8_experts import list_products
+from trainer.low_precision.float8_feed_forward import fuse_feed_forwards
 from trainer.low_precision.float8_layer import Float8Layer
 from trainer.low_precision.float8_linear import Float8Linear, become_float8
 from trainer.low_precision.measurement import Measurement
@@ -205,6 +206,8 @@ def convert_to_float8_training(
             layers[name] = module
     if not layers:
         raise ValueError("the model has no nn.Linear that is to be converted to float8")
+    if recipe.fuses_feed_forward:
+        fuse_feed_forwards(model)
     if recipe.has_state:
         set_static_scales(layers, config)
     if any(recipe.records):

@@ -63,6 +63,11 @@ class Recipe(NamedTuple):
         cast both ways would be kept in between, where FSDP frees them."""
         return (kind == "grad_output" and self.fused_cast != "never") or (kind == "input" and self.fused_cast == "all")
 
+    @property
+    def fuses_feed_forward(self) -> bool:
+        """Whether the layers of a feed-forward part are one function (`float8_feed_forward`). What is measured, each does alone."""
+        return self.fused_cast != "never" and not self.is_rowwise and not self.measures
+
     def is_stateless(self, kind: Kind) -> bool:
         """Whether a tensor is cast by what it holds, and nothing is remembered."""
         return self.scaling_of(kind) == "dynamic" and not self.records_of(kind)
