@@ -130,15 +130,14 @@ def launch_swiglu_backward_cast(
     outputs: tuple[Tensor, ...],
     amax_bits: Tensor | None,
     *,
-    block_rows: int = 64,
+    block_rows: int = 32,
     block_columns: int = 64,
-    num_warps: int = 8,
-    max_registers: int | None = None,
+    num_warps: int = 4,
 ) -> None:
     """Run the backward kernel.
 
     Tensors: see `swiglu_backward_cast`. block_rows, block_columns: of the tile that one program takes; more than 16 elements a thread
-    need so many registers that a multiprocessor runs one program at a time. max_registers: of a thread.
+    need so many registers that a multiprocessor runs few programs at a time.
     """
     import triton
 
@@ -147,7 +146,7 @@ def launch_swiglu_backward_cast(
     with torch.cuda.device(factors[1].device):
         _get_kernels().swiglu_backward_cast_kernel[grid](
             *factors, *scales, *outputs, amax_bits, n_rows, n_columns, FINDS_AMAX=amax_bits is not None,
-            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=num_warps, maxnreg=max_registers,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=num_warps,
         )  # fmt: skip
 
 
