@@ -32,6 +32,9 @@ _CP = ("--parallelism.context_parallel_degree", "2")
 _ONE_B = ("--job.config_file", str(_CONFIGS / "llama3_1b.toml"), "--activation_checkpoint.mode", "none")
 _SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 _FULL = ("--activation_checkpoint.mode", "full", "--parallelism.context_parallel_degree")
+_OP = ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op")
+_SIMPLE = ("--parallelism.data_parallel_implementation", "simple_fsdp", "--compile.scope", "model")
+_BY_BLOCK = ("--compile.graph_passes", "transformer_block_bucketing")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,18 @@ ROWS = (
         "Llama 8B, 131,072 tokens, CP 4, full AC", 4,
         (*_LLAMA, *_DEFAULT, *_FULL, "4", "--training.seq_len", "131072", "--training.local_batch_size", "1"), 49.6, 2588,
     ),
-    Row("Llama 8B, batch 2, bf16 moments", 2, (*_LLAMA, *_DEFAULT, *_LOW_MOMENTS), 120.6, 10541),
-    Row("Llama 8B, float8 tensorwise, float8 gather", 2, _FLOAT8, 119.5, 14013),
-    Row("Llama 8B, float8 delayed, float8 gather", 2, (*_FLOAT8, _RECIPE, "delayed", f"{_PRECOMPUTES}=false"), 119.7, 14188),
+    Row("Llama 8B, batch 2, bf16 moments", 2, (*_LLAMA, *_DEFAULT, *_LOW_MOMENTS), 120.6, 10581),
+    Row("Llama 8B, selective AC by operation", 2, (*_LLAMA, *_DEFAULT, *_OP), 95.8, 9376),
+    Row("Llama 8B, full AC", 2, (*_LLAMA, *_DEFAULT, *_FULL[:2]), 72.6, 8457),
+    Row("Llama 8B, TP 2, selective AC by operation", 2, (*_LLAMA, *_DEFAULT, *_OP, *_TP), 80.3, 8231),
+    Row(
+        "Llama 8B, PP 2, batch 8, selective AC by operation", 2,
+        (*_LLAMA, *_DEFAULT, *_OP, *_PP, "--training.local_batch_size", "8"), 93.3, 8151,
+    ),
+    Row("Llama 8B, SimpleFSDP, bf16 moments", 2, (*_LLAMA, *_DEFAULT, *_LOW_MOMENTS, *_SIMPLE), 110.2, 10126),
+    Row("Llama 8B, SimpleFSDP by block, bf16 moments", 2, (*_LLAMA, *_DEFAULT, *_LOW_MOMENTS, *_SIMPLE, *_BY_BLOCK), 109.7, 10380),
+    Row("Llama 8B, float8 tensorwise, float8 gather", 2, _FLOAT8, 119.5, 14265),
+    Row("Llama 8B, float8 delayed, float8 gather", 2, (*_FLOAT8, _RECIPE, "delayed", f"{_PRECOMPUTES}=false"), 119.5, 14687),
     Row("Llama 8B, float8 tensorwise", 2, (*_FLOAT8, *_GATHERS_BF16), 115.3, 13917),
     Row("Llama 8B, float8 rowwise", 2, (*_FLOAT8, *_GATHERS_BF16, _RECIPE, "rowwise"), 114.5, 11379),
     Row(
@@ -91,10 +103,8 @@ ROWS = (
     Row("6 layers of 16B, EP 2", 2, (*_DEEPSEEK, *_SIX_LAYERS, "--parallelism.expert_parallel_degree", "2"), 57.3, 84521),
     Row("DeepSeek-V3 16B, no AC", 4, (*_DEEPSEEK, "none"), 125.6, 19582),
     Row("16B, EP 4, no AC", 4, (*_DEEPSEEK, "none", "--parallelism.expert_parallel_degree", "4"), 126.6, 18766),
-    Row(
-        "16B, selective AC by operation", 4,
-        (*_DEEPSEEK, "selective", "--activation_checkpoint.selective_ac_option", "op"), 108.9, 21406,
-    ),
+    Row("16B, selective AC by operation", 4, (*_DEEPSEEK[:2], *_OP), 108.9, 21406),
+    Row("16B, selective AC by operation, bf16 moments", 2, (*_DEEPSEEK[:2], *_OP, *_LOW_MOMENTS), 116.5, 17458),
 )  # fmt: skip
 
 

@@ -22,7 +22,12 @@ def plan(arguments: list[str], world_size: int) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("8 layers, PP 2 x FSDP 2, 1F1B", marks=pytest.mark.exhaustive), "6 layers of 16B, EP 2"]
+    "name",
+    [
+        pytest.param("8 layers, PP 2 x FSDP 2, 1F1B", marks=pytest.mark.exhaustive),
+        pytest.param("Llama 8B, SimpleFSDP by block, bf16 moments", marks=pytest.mark.exhaustive),
+        "6 layers of 16B, EP 2",
+    ],
 )
 def test_memory_and_speed_are_those_that_were_measured(name: str) -> None:
     """All rows: `python -m tests.distributed.planner_table`."""

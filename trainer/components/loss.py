@@ -90,6 +90,10 @@ def _accumulate_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor) 
         total.add_(dlogits.t() @ hidden)
 
 
+ACCUMULATE_WEIGHT_GRADIENT = torch.ops.bloomery.accumulate_weight_gradient.default
+"""The operation, for tables that list some."""
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk, so that no logits wait for the backward pass.
 

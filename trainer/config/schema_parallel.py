@@ -86,6 +86,8 @@ class ActivationCheckpointConfig:
     """Report in detail when a recomputation differs from the forward pass."""
 
 
+GraphPasses = Literal["none", "auto_bucketing", "transformer_block_bucketing"]
+
 _AUTO_BUCKETING = "_autobucketing"
 """Ends the names of backends that stand for graph_passes = auto_bucketing."""
 
@@ -104,10 +106,10 @@ class CompileConfig:
     """Backend of the model alone, where the loss is to have another (a name of torchtitan's)."""
     scope: Literal["block", "model"] = "block"
     """What makes one graph. block: each block, which compiles fast. model: all of the model, so that weights of the next block are gathered while one computes; it needs simple_fsdp."""
-    graph_passes: Literal["none", "auto_bucketing", "transformer_block_bucketing"] = "none"
+    graph_passes: GraphPasses = "none"
     """simple_fsdp: which collectives of weights become one, and when they start. auto_bucketing: by torch's estimates of times. transformer_block_bucketing: those of a block, while its neighbour computes."""
 
-    def get_backend(self) -> tuple[str, str]:
+    def get_backend(self) -> tuple[str, GraphPasses]:
         """Return the name of torch's backend, and the graph passes, whichever setting asks for them."""
         given = self.model_backend_override or self.backend
         name = given.removesuffix(_AUTO_BUCKETING)

@@ -74,12 +74,8 @@ def build_backend(section: CompileConfig, passes: WeightPasses) -> Backend:
     name, graph_passes = section.get_backend()
     if graph_passes == "auto_bucketing":
         register_flop_formulas()  # by which it estimates what hides a collective
-    if name == "inductor":
-        compile_graph: Backend = _build_inductor(passes, graph_passes)
-    elif name == "aot_eager":
-        compile_graph = _build_aot_eager(passes, graph_passes)
-    else:
-        return torch._dynamo.lookup_backend(name)
+    build = BUILDERS.get(name)
+    compile_graph: Backend = torch._dynamo.lookup_backend(name) if build is None else build(passes, graph_passes)
     _tag_caches(passes, graph_passes)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
@@ -127,6 +123,13 @@ class _OrderInInductor(CustomGraphPass):
     def uuid(self) -> Any:
         """Name what a cached graph depends on."""
         return get_hash_for_files((weight_passes.__file__, compiler_versions.__file__), repr(self.passes))
+
+
+BUILDERS: dict[str, Callable[[WeightPasses, str], Backend]] = {
+    "inductor": _build_inductor,
+    "aot_eager": _build_aot_eager,
+}
+"""Of backends that know the passes over forward and backward graphs, by name. Any other has those over joint graphs alone."""
 
 
 def _tag_caches(passes: WeightPasses, graph_passes: str) -> None:

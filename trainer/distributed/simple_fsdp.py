@@ -258,7 +258,7 @@ def _link_shards(links: Sequence[_Link], *_: Any) -> None:
         local = parameter._local_tensor
         module, name = link.readers[0]
         shard = module._shards.get(name)
-        if shard is not None and shard.data_ptr() == local.data_ptr():
+        if shard is not None and torch._C._is_alias_of(shard, local):  # type: ignore[attr-defined]
             continue
         if local.is_meta:
             raise RuntimeError(

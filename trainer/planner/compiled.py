@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.decomposition import select_decomp_table
 
+from trainer.distributed.weight_passes import WeightPasses
 from trainer.planner.graph_plan import (
     Kernel,
     count_bytes,
@@ -28,10 +29,12 @@ from trainer.planner.recorder import Recorder
 Backend = Callable[..., Any]
 
 
-def build_backend(recorder: Recorder) -> Backend:
-    """Return the backend, which leaves its traces in `recorder`."""
+def build_backend(recorder: Recorder, passes: WeightPasses | None = None) -> Backend:
+    """Return the backend, which leaves its traces in `recorder`. passes: over graphs that gather weights"""
 
     def compile_graph(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        if passes is not None and passes.joins:
+            passes.order(module.graph)
         graph = _PlannedGraph(module, recorder)
 
         def run(args: list[Any]) -> Any:
@@ -62,6 +65,8 @@ class _PlannedGraph:
         self._kernels = list_kernels(graph)
         self._steps: dict[tuple[int, ...], list[_Step]] = {}
         """By the sizes that the graph leaves open."""
+        self._arrivals: dict[fx.Node, float] = {}
+        """When collectives under way will be done."""
 
     def run(self, args: list[Any]) -> list[Any]:
         """Take the steps of the graph. args: its inputs, which are let go of where the graph reads them last."""
@@ -106,14 +111,17 @@ class _PlannedGraph:
         return self._recorder.make(shape, stride, example.dtype)
 
     def _communicate(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        """A collective, or the wait for it: on these streams the wait is where the graph says, right behind it."""
+        """A collective, or the wait for it."""
         if getattr(node.target, "overloadpacket", None) is torch.ops._c10d_functional.wait_tensor:
-            values[node] = self._look(node.all_input_nodes[0], values)
+            start = node.all_input_nodes[0]
+            values[node] = self._look(start, values)
+            compute = self._recorder.streams.current
+            compute.clock = max(compute.clock, self._arrivals.pop(start, 0.0))
             return
         values[node] = self._make_result(node, values)
         transfer = describe_collective(node.target, fx.map_arg(node.args, example_of), dict(node.kwargs))
         if transfer is not None:
-            self._recorder.send(transfer, waits=True)
+            self._arrivals[node] = self._recorder.send(transfer, waits=False)
 
     def _look(self, part: Any, values: dict[fx.Node, Any]) -> Any:
         """Return the value of what a graph returns: a result, or a view of one."""
@@ -162,7 +170,7 @@ def _describe_kernel(kernel: Kernel) -> Work | None:
     if getattr(target, "namespace", "") == "_c10d_functional":
         return None
     if kernel.is_fused:
-        size = count_bytes(node) + sum(count_bytes(read) for read in kernel.reads) - kernel.shared_reads
+        size = count_bytes(node) + sum(kernel.reads.values()) - kernel.shared_reads
         return Work("memory", bytes=max(size, 0), name=f"fused {node.name}")
     operation, args = get_call(node)
     return describe(operation, fx.map_arg(args, example_of), example_of(node), name=node.name)

@@ -23,7 +23,9 @@ from trainer.components.passes import sum_of
 from trainer.config.pipeline_layout import PipelineLayout
 from trainer.config.schedule_actions import Action
 from trainer.config.schema import JobConfig
+from trainer.config.schema_parallel import CompileConfig
 from trainer.distributed import pipeline_parallel
+from trainer.distributed.compile_backends import BUILDERS
 from trainer.distributed.fsdp import choose_accumulation
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
@@ -80,8 +82,7 @@ def run_dry(
         dims = ParallelDims.from_config(config.parallelism, world_size)
         dims.build_mesh(_DEVICE.type)
         dims.stage_group()  # for float8's amaxes: a mesh is cut up by real tensors
-        compilation = dataclasses.replace(config.compile, backend=_register_backend(recorder))
-        config = _after_warmup(dataclasses.replace(config, compile=compilation))
+        config = _after_warmup(dataclasses.replace(config, compile=_compile_by(recorder, config.compile)))
         built = build_model(config, dims)
         config = _settle_accumulation(config, built.model, gpu)
         step = _Step(config, dims, built, recorder)
@@ -243,13 +244,15 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _register_backend(recorder: Recorder) -> str:
-    """Make the planner's backend known by a name, as settings have it, for this recorder."""
+def _compile_by(recorder: Recorder, section: CompileConfig) -> CompileConfig:
+    """Return the settings with the planner's backend, made known by a name of this recorder's, and the same passes over graphs."""
     torch._dynamo.reset()
-    registry: Callable[..., Any] = torch._dynamo.register_backend
     name = f"{_BACKEND}_{id(recorder)}"
+    registry: Callable[..., Any] = torch._dynamo.register_backend
     registry(build_backend(recorder), name=name)
-    return name
+    BUILDERS[name] = lambda passes, _: build_backend(recorder, passes)
+    _, graph_passes = section.get_backend()
+    return dataclasses.replace(section, backend=name, model_backend_override=None, graph_passes=graph_passes)
 
 
 def _after_warmup(config: JobConfig) -> JobConfig:

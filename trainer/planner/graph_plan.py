@@ -48,8 +48,8 @@ class Kernel:
 
     node: fx.Node
     is_fused: bool
-    reads: list[fx.Node] = field(default_factory=list)
-    """What has to be in memory: results of other kernels, or inputs."""
+    reads: dict[fx.Node, int] = field(default_factory=dict)
+    """What has to be in memory, results of other kernels or inputs, and how many bytes of each are read."""
     frees: list[fx.Node] = field(default_factory=list)
     """What nobody reads after this."""
     shared: list[fx.Node] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Kernel:
     @property
     def shared_reads(self) -> int:
         """Bytes of that."""
-        return sum(map(count_bytes, self.shared))
+        return sum(self.reads[node] for node in self.shared)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -104,19 +104,28 @@ def list_kernels(graph: fx.Graph) -> list[Kernel]:
             in_memory.update(base_of(arg) for arg in node.all_input_nodes if not is_number(arg))
         elif _writes_in_place(node):
             in_memory.add(node)
-    sources: dict[fx.Node, frozenset[fx.Node]] = {}
+    sources: dict[fx.Node, frozenset[fx.Node]] = {}  # views, which may be of a part
     kernels: list[Kernel] = []
     for node in calls:
-        reads: set[fx.Node] = set()
-        for arg in (base_of(arg) for arg in node.all_input_nodes if not is_number(arg)):
-            reads |= {arg} if arg in in_memory else sources[arg]
+        views: set[fx.Node] = set()
+        for arg in (arg for arg in node.all_input_nodes if not is_number(arg)):
+            views |= {arg} if base_of(arg) in in_memory else sources[base_of(arg)]
         if node in in_memory:
-            kernels.append(Kernel(node, not is_unfused(node), sorted(reads, key=lambda n: n.name)))
+            kernels.append(Kernel(node, not is_unfused(node), _count_reads(views)))
         else:
-            sources[node] = frozenset(reads)
+            sources[node] = frozenset(views)
     _find_last_reads(kernels, returned)
     _find_shared_reads(kernels)
     return kernels
+
+
+def _count_reads(views: set[fx.Node]) -> dict[fx.Node, int]:
+    """Return what views look at, and how many bytes of it they show. Of what several show it is taken that they are different parts."""
+    reads: dict[fx.Node, int] = {}
+    for view in sorted(views, key=lambda node: node.name):
+        base = base_of(view)
+        reads[base] = min(reads.get(base, 0) + count_bytes(view), count_bytes(base))
+    return reads
 
 
 def _writes_in_place(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.common.grouped_mm import GROUPED_MM, GROUPED_MM_BACKWARD
+from trainer.components.loss import ACCUMULATE_WEIGHT_GRADIENT
 from trainer.distributed.sequence_collectives import get_group
 from trainer.distributed.sharded_attention import OPERATION as SHARDED_ATTENTION
 
@@ -151,6 +152,11 @@ def _own_grouped_mm_backward(grad: Tensor, rows: Tensor, *_: Any) -> tuple[str, 
     return "grouped matmul", 4.0 * shape[0] * shape[1] * shape[2], shape
 
 
+def _accumulate_weight_gradient(total: Tensor, dlogits: Tensor, *_: Any) -> tuple[str, float, tuple[int, ...]]:
+    (vocab, dim), rows = total.shape, dlogits.shape[0]
+    return "matmul", 2.0 * rows * vocab * dim, (vocab, dim, rows)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[str, float, tuple[int, ...]]:
     """Causal, of queries that are the whole sequence or a balanced part of it. q: (B, N, S, H); v: (B, M, T, V)"""
     batch, heads, seq, head_dim = q.shape
@@ -190,6 +196,7 @@ _FORMULAS: dict[Any, _Formula] = {
     _ATEN._scaled_grouped_mm: _scaled_grouped_mm,
     GROUPED_MM.overloadpacket: _own_grouped_mm,
     GROUPED_MM_BACKWARD.overloadpacket: _own_grouped_mm_backward,
+    ACCUMULATE_WEIGHT_GRADIENT.overloadpacket: _accumulate_weight_gradient,
     _ATEN._scaled_dot_product_cudnn_attention: _attention,
     _ATEN._scaled_dot_product_cudnn_attention_backward: _attention_backward,
     SHARDED_ATTENTION.overloadpacket: _sharded,

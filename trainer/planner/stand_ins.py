@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.common.token_dispatch import RowOrder
-from trainer.components import loss, passes
+from trainer.components import passes
 from trainer.distributed import expert_dispatch, expert_parallel, sequence_split
 from trainer.distributed.turns import Turns
 from trainer.planner import kernels
-from trainer.planner.operations import Work
 from trainer.planner.recorder import Recorder
 
 
@@ -30,7 +29,6 @@ def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
             (F, "rms_norm", _normalize),
             (passes, "build_document_mask", _build_document_mask),
             (sequence_split, "build_document_mask", _build_document_mask),
-            (loss, "_accumulate_weight_gradient", _accumulate_weight_gradient_for(recorder)),
             (expert_parallel, "_disable_current_modes", _disable_others_than(recorder)),
             (Turns, "run", _run_turns_with(recorder)),
         ):
@@ -73,15 +71,6 @@ def _normalize(
 ) -> Tensor:
     """By the GPU's fused operation, which keeps its input and one number a row."""
     return torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
-
-
-def _accumulate_weight_gradient_for(recorder: Recorder) -> Callable[[Tensor, Tensor, Tensor], None]:
-    def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-        """The matrix product adds to `total` where that is."""
-        (rows, vocab), dim = dlogits.shape, hidden.shape[1]
-        recorder.spend(Work("matmul", 2.0 * rows * vocab * dim, (vocab, dim, rows), name="addmm"))
-
-    return accumulate
 
 
 def _disable_others_than(recorder: Recorder) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -47,6 +47,15 @@ def test_kernels_in_a_row_read_what_they_share_once():
     assert (first.shared_reads, second.shared_reads) == (0, 4 * 8 * 4)
 
 
+def test_of_a_part_only_its_bytes_are_read():
+    def f(x):
+        return x[:1].exp(), x[:3].sin() + x[1:].cos()
+
+    first, second = list_kernels(trace(f, (4, 8)))
+    assert (sum(first.reads.values()), sum(second.reads.values())) == (8 * 4, 4 * 8 * 4)
+    assert first.reads.keys() == second.reads.keys()
+
+
 def test_sizes_that_a_graph_leaves_open_are_no_kernels_and_are_counted_as_they_are_known():
     def f(x, w):
         rows = x.shape[0] * 2
