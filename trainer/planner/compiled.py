@@ -15,12 +15,14 @@ from torch._inductor.decomposition import select_decomp_table
 from trainer.distributed.weight_passes import WeightPasses
 from trainer.planner.graph_plan import (
     Kernel,
+    base_of,
     count_bytes,
     example_of,
     get_call,
     is_number,
     is_view,
     list_kernels,
+    list_written,
 )
 from trainer.planner.network import Transfer, describe_collective, list_inner_transfers
 from trainer.planner.operations import Work, as_number, describe, sizes_known
@@ -100,7 +102,14 @@ class _PlannedGraph:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             return self._look(node.all_input_nodes[0], values)
+        written = list_written(node)
+        if written:
+            return *example_of(node)[: -len(written)], *(self._write_to(base, values) for base in written)
         return self._make(example_of(node))
+
+    def _write_to(self, base: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """Return what is written to in place: of an input a copy, as Inductor does."""
+        return self._make(example_of(base)) if base_of(base).op == "placeholder" else self._look(base, values)
 
     def _make(self, example: Any) -> Any:
         if isinstance(example, tuple | list):

@@ -168,11 +168,30 @@ def count_bytes(node: fx.Node) -> int:
 
 
 def get_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    """Return the operation of a kernel, and all its arguments: that inside, where random numbers are kept for recomputation."""
+    """Return the operation of a kernel, and all its arguments: that inside, where random numbers are kept for recomputation, or where the
+    compiler has one that writes in place return what it has written.
+    """
     args = (*node.args, *node.kwargs.values())
     name = getattr(node.target, "_name", "")
     if name == "run_and_save_rng_state":
         return args[0], args[1:]
     if name == "run_with_rng_state":
         return args[1], args[2:]
+    if name == _WRITING:
+        operation: Any = node.args[0]
+        given: dict[str, Any] = dict(node.kwargs)
+        for key, place in node.kwargs.items():
+            if key.endswith(_PLACE):
+                given[key[1 : -len(_PLACE)]] = given["_all_bases"][place]
+        return operation, tuple(given[argument.name] for argument in operation._schema.arguments)
     return node.target, args
+
+
+def list_written(node: fx.Node) -> list[Any]:
+    """Return what an operation writes to in place that the compiler has return it: the last of its results."""
+    bases: Any = node.kwargs["_all_bases"] if getattr(node.target, "_name", "") == _WRITING else ()
+    return list(bases)
+
+
+_WRITING = "auto_functionalized_v2"
+_PLACE = "_base_index"

@@ -2,9 +2,12 @@
 
 import sympy
 import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from trainer.planner.graph_plan import count_bytes, example_of, list_kernels
+from trainer.components.loss import ACCUMULATE_WEIGHT_GRADIENT
+from trainer.planner.graph_plan import count_bytes, example_of, get_call, list_kernels, list_written
 from trainer.planner.operations import sizes_known
 
 
@@ -68,3 +71,13 @@ def test_sizes_that_a_graph_leaves_open_are_no_kernels_and_are_counted_as_they_a
     (symbol,) = example_of(product.node).shape[0].node.expr.free_symbols
     with sizes_known({symbol: sympy.Integer(100)}):
         assert (count_bytes(product.node), count_bytes(result.node)) == (100 * 2 * 4, 200 * 2 * 4)
+
+
+def test_operation_that_writes_in_place_is_found_inside_of_what_the_compiler_makes_of_it():
+    graph = fx.Graph()
+    hidden, total, dlogits = map(graph.placeholder, ("hidden", "total", "dlogits"))
+    kwargs = {"dlogits": dlogits, "hidden": hidden, "_total_base_index": 0, "_all_bases": [total]}
+    node = graph.call_function(auto_functionalized_v2, (ACCUMULATE_WEIGHT_GRADIENT,), kwargs)
+    assert get_call(node) == (ACCUMULATE_WEIGHT_GRADIENT, (total, dlogits, hidden))
+    assert list_written(node) == [total]
+    assert list_written(graph.call_function(torch.ops.aten.neg.default, (hidden,))) == []
