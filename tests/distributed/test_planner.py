@@ -126,3 +126,11 @@ def test_answer_is_no_where_memory_is_too_small(tmp_path: Path, capsys: pytest.C
     assert data["fits"] is False
     assert data["gpu_bytes"] == GIB // 2
     assert (tmp_path / "plan" / "memory.png").exists()
+
+
+def test_copy_engines_that_would_be_refused_are_refused() -> None:
+    sharding = ["--parallelism.fsdp_collectives", "copy_engine", "--plan.gpus_per_host", "4"]
+    debug = ["--job.config_file", str(CONFIGS / "debug_llama3.toml"), *sharding]
+    with pytest.raises(ValueError, match="spans 2 hosts of 4 GPUs"):
+        plan(debug, 8)
+    assert plan(debug, 4).fits

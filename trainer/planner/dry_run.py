@@ -20,10 +20,11 @@ from trainer.build_passes import build_run_passes
 from trainer.components.expert_balance import build_expert_balance
 from trainer.components.optimizer import Optimizers, build_optimizer
 from trainer.components.passes import sum_of
+from trainer.config.errors import UserError
 from trainer.config.pipeline_layout import PipelineLayout
 from trainer.config.schedule_actions import Action
 from trainer.config.schema import JobConfig
-from trainer.config.schema_parallel import CompileConfig
+from trainer.config.schema_parallel import CompileConfig, ParallelismConfig
 from trainer.distributed import pipeline_parallel
 from trainer.distributed.compile_backends import BUILDERS
 from trainer.distributed.fsdp import choose_accumulation
@@ -82,7 +83,12 @@ def run_dry(
         dims = ParallelDims.from_config(config.parallelism, world_size)
         dims.build_mesh(_DEVICE.type)
         dims.stage_group()  # for float8's amaxes: a mesh is cut up by real tensors
-        config = _after_warmup(dataclasses.replace(config, compile=_compile_by(recorder, config.compile)))
+        recorder.copy_engine_groups = _find_copy_engine_groups(config.parallelism, dims, gpus_per_host)
+        config = dataclasses.replace(
+            _after_warmup(config),
+            compile=_compile_by(recorder, config.compile),
+            parallelism=dataclasses.replace(config.parallelism, fsdp_collectives="nccl"),
+        )
         built = build_model(config, dims)
         config = _settle_accumulation(config, built.model, gpu)
         step = _Step(config, dims, built, recorder)
@@ -242,6 +248,27 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _find_copy_engine_groups(section: ParallelismConfig, dims: ParallelDims, gpus_per_host: int) -> set[str]:
+    """Return the names of the groups that would communicate by copy engines.
+
+    Raises:
+        UserError: they have to, and cannot.
+    """
+    if section.fsdp_collectives == "nccl" or dims.fsdp == 1 or dims.pp > 1:
+        return set()
+    group = dims.mesh("fsdp").get_group()
+    hosts = {rank // gpus_per_host for rank in dist.get_process_group_ranks(group)}
+    if len(hosts) == 1:
+        return {group.group_name}
+    if section.fsdp_collectives == "copy_engine":
+        raise UserError(
+            f"parallelism.fsdp_collectives = 'copy_engine' cannot be used: the sharding group spans {len(hosts)} hosts of "
+            f"{gpus_per_host} GPUs (plan.gpus_per_host). Use 'auto' or 'nccl', or shard within hosts by "
+            "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
+        )
+    return set()
 
 
 def _compile_by(recorder: Recorder, section: CompileConfig) -> CompileConfig:

@@ -4,6 +4,7 @@ The tensors are fake ones on the CPU, which stand for those on a GPU: fake CUDA 
 pass. What the program does otherwise on a CPU is replaced in `stand_ins`.
 """
 
+import bisect
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from trainer.planner.streams import HOST, PlannedStream, Streams
 
 _DEVICE = torch.device("cpu")
 _COMPUTE_FREE = ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "alias")
+# How much longer kernels take beside a collective of NCCL, whose own kernels need multiprocessors and memory (docs/benchmarks.md: the
+# 16B's grouped products, 445 TFLOP/s for 593).
+_BESIDE_COLLECTIVES = 4 / 3
 _NO_WORK = {getattr(torch.ops.aten, name) for name in _COMPUTE_FREE} | {torch.ops.prim.device}
 
 
@@ -81,6 +85,10 @@ class Recorder(FakeTensorMode):
         self._count = 0
         self._host = PlannedStream(HOST)
         self._networks: dict[str, PlannedStream] = {}
+        self.copy_engine_groups: set[str] = set()
+        """Names of the process groups whose collectives need no multiprocessor."""
+        self._carrying: list[tuple[float, float]] = []
+        """From when to when others are under way, as far as compute has not come past them."""
         self._arrivals: dict[int, float] = {}
 
     # --- what is going on ---
@@ -205,6 +213,8 @@ class Recorder(FakeTensorMode):
         if stream is self._host:
             work = Work("host", bytes=work.bytes, name=work.name)
         seconds = self._seconds_of(work)
+        if stream is self.streams.compute:
+            seconds = self._slow_down(stream.clock, seconds)
         self.spans.append(Span(stream.name, work, self.phase, stream.clock, seconds))
         stream.clock += seconds
 
@@ -215,10 +225,23 @@ class Recorder(FakeTensorMode):
         network = self._networks.setdefault(transfer.group, PlannedStream(f"network {transfer.group}"))
         begin = max(network.clock, stream.clock)
         network.clock = begin + seconds
+        if transfer.group not in self.copy_engine_groups:
+            bisect.insort(self._carrying, (begin, network.clock))
         self.spans.append(Span(network.name, transfer, self.phase, begin, seconds))
         if waits:
             stream.clock = network.clock
         return network.clock
+
+    def _slow_down(self, begin: float, seconds: float) -> float:
+        """Return how long a kernel takes that would take so many seconds alone: collectives take a part of the device."""
+        self._carrying = [interval for interval in self._carrying if interval[1] > begin]
+        now, left = begin, seconds
+        for start, end in self._carrying:
+            alone = min(left, max(0.0, start - now))
+            now, left = now + alone, left - alone
+            beside = min(left, max(0.0, end - now) / _BESIDE_COLLECTIVES)
+            now, left = now + beside * _BESIDE_COLLECTIVES, left - beside
+        return now + left - begin
 
     # --- operations ---
 

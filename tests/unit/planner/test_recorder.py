@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from trainer.planner.operations import describe
+from trainer.planner.network import Transfer
+from trainer.planner.operations import Work, describe
 from trainer.planner.recorder import Recorder
 
 
@@ -40,3 +42,14 @@ def test_fused_optimizer_reads_and_writes_what_it_updates():
     work = describe(torch.ops.aten._fused_adamw_.default, (*lists, [], steps), ())
     # Gradients too, which it could scale.
     assert work.bytes == 2 * 4 * 4 * 16 + 4 * 2
+
+
+def test_kernels_take_longer_beside_collectives_that_need_multiprocessors():
+    recorder = Recorder(lambda work: work.bytes)
+    recorder.copy_engine_groups = {"copied"}
+    for group, size in (("copied", 100), ("carried", 4), ("carried", 4)):
+        recorder.send(Transfer("all-gather", size, group, (0, 1)), waits=False)
+    for size in (3, 6, 3):  # beside the first; half beside the second; alone
+        recorder.spend(Work("memory", bytes=size))
+    spans = [span for span in recorder.spans if span.stream == "compute"]
+    assert [span.seconds for span in spans] == pytest.approx([4.0, 7.0, 3.0])
