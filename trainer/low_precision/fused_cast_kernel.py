@@ -9,8 +9,8 @@ import triton.language as tl
 @triton.jit
 def to_float8(x, scale, DTYPE: tl.constexpr):
     """Return x * scale, fp32, in a float8 dtype. What is too large becomes its largest value, and a NaN stays one: so the GPU's
-    conversion rounds, by itself."""
-    return (x * scale).to(DTYPE)
+    conversion rounds, by itself. An infinity becomes NaN, as 0 times it is; to other values 0 times them adds nothing."""
+    return (x * scale + x * 0.0).to(DTYPE)
 
 
 @triton.jit

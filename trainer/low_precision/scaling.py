@@ -42,10 +42,13 @@ def get_scale(amax: Tensor, dtype: torch.dtype, *, power_of_2: bool = False) -> 
 
 
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x * scale in float8. What is too large becomes the largest value: not an infinity, or NaN."""
+    """Return x * scale in float8. What is too large becomes the largest value; an infinity becomes NaN, for it to be seen: by scales
+    that do not come from x it would be cut off, too."""
     limit = torch.finfo(dtype).max
     # torch 2.11 does not saturate by itself in eager mode.
-    return (x.float() * scale).clamp(-limit, limit).to(dtype)
+    x = x.float()
+    # 0 times x is NaN for an infinity, and else adds nothing. For a `where` the compiler would keep more until the backward pass.
+    return ((x * scale).clamp(-limit, limit) + x * 0.0).to(dtype)
 
 
 def quantize(x: Tensor, dtype: torch.dtype, *, dim: int | None = None, power_of_2: bool = False) -> Quantized:

@@ -154,6 +154,8 @@ def test_zeros_stay_zeros_and_infinity_shows(name):
 def test_cast_saturates():
     assert cast(torch.tensor([1e6, -1e6, 448.0]), torch.tensor(1.0), E4M3).float().tolist() == [448.0, -448.0, 448.0]
     assert get_scale(torch.tensor(0.0), E4M3).isfinite()
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        assert cast(torch.tensor([bad, 1.0]), torch.tensor(1.0), E4M3).float().isnan().tolist() == [True, False]
 
 
 def test_float8_tensor_passes_for_its_values():
