@@ -20,6 +20,7 @@ from trainer.config.schema_quantize import (
 )
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.simple_fsdp import list_layouts
+from trainer.low_precision.convert import check_device
 from trainer.low_precision.float8_experts import list_products
 from trainer.low_precision.float8_feed_forward import fuse_feed_forwards
 from trainer.low_precision.float8_layer import Float8Layer
@@ -168,6 +169,9 @@ def _write_scales_of_all(path: Path, scales: Scales) -> None:
 
 # For training loops of one's own.
 
+_OF_A_RUN = ("filter_fqns", "keep_first_blocks", "keep_last_blocks", "speed_table", "fp8_opt_level")
+"""Settings that the trainer follows, and `convert_to_float8_training` cannot."""
+
 
 def convert_to_float8_training(
     model: nn.Module,
@@ -183,13 +187,12 @@ def convert_to_float8_training(
     multiple of 16. What FSDP needs for `enable_fsdp_float8_all_gather` is `weight_gather.apply_weight_gather`.
 
     Raises:
-        ValueError: nothing to convert, another back end than native, or static scales that are not given.
+        ValueError: nothing to convert, another back end than native, settings that only the trainer follows, a device that cannot
+            multiply so, or static scales that are not given.
     """
     config = config or Float8LinearConfig()
-    if config.backend != "native":
-        raise ValueError(
-            f"quantize.linear.float8.backend = {config.backend!r}: only native layers go into a loop of one's own"
-        )
+    _check_own_loop(config)
+    check_device(config)
     recipe = build_recipe(config)
 
     def is_aligned(module: nn.Module, name: str) -> bool:
@@ -213,6 +216,19 @@ def convert_to_float8_training(
     if any(recipe.records):
         model.float8_history = ScalingHistory(layers, section=config)  # type: ignore[assignment]  # no module
     return model
+
+
+def _check_own_loop(config: Float8LinearConfig) -> None:
+    if config.backend != "native":
+        raise ValueError(
+            f"quantize.linear.float8.backend = {config.backend!r}: only native layers go into a loop of one's own"
+        )
+    ignored = [name for name in _OF_A_RUN if getattr(config, name) != getattr(Float8LinearConfig(), name)]
+    if ignored:
+        raise ValueError(
+            f"{', '.join(f'{name} = {getattr(config, name)!r}' for name in ignored)}: is for a run of the trainer. Choose layers by "
+            "module_filter_fn, and optimizer and gradients in a loop of one's own"
+        )
 
 
 def sync_float8_amax_and_scale_history(model: nn.Module) -> None:

@@ -273,6 +273,19 @@ def test_own_loop_as_the_readme_of_torchao_had_it():
         convert_to_float8_training(nn.Sequential(nn.Linear(3, 3)))
 
 
+def test_own_loop_refuses_what_it_would_not_follow(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 64))
+    for settings in ({"filter_fqns": ["0"]}, {"keep_last_blocks": 1}, {"fp8_opt_level": "O2"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(settings))} = .*: is for a run of the trainer"):
+            convert_to_float8_training(model, config=Float8LinearConfig(**settings))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    with pytest.raises(ValueError, match=r"A100 has 8\.0"):
+        convert_to_float8_training(model)
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("tp_degree", [1, 2])
 def test_layers_with_the_same_input_share_its_scale(tp_degree):
     """So that a compiled block casts it once."""
