@@ -38,8 +38,9 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "static")
 SWEEP_TOKENS, SWEEP = (4096, 16384), (1024, 2048, 4096, 8192, 16384)
 # Enough bytes written in between for nothing to be left in the L2 cache of any GPU there is.
 _FLUSH_BYTES = 2**28
-# About a millisecond, for the host to be ahead, as it is in a run: launches then do not count.
-_SLEEP_CYCLES = 2_000_000
+# For the host to be ahead of the GPU, as it is in a run: launches then do not count. About a millisecond to begin with; one second,
+# more than any launches take, to end with.
+_SLEEP_CYCLES, _MOST_SLEEP_CYCLES = 2**21, 2**31
 Shape = tuple[int, int, int]
 
 
@@ -61,23 +62,35 @@ def measure_seconds(work: Callable[[], Any], device: torch.device, *, repeats: i
     """Return the median time of `work`, with a cold L2 cache."""
     for _ in range(3):
         work()
-    flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.int8, device=device)
+    if device.type == "cuda":
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        return statistics.median(list_gpu_seconds(work, flush.zero_, repeats=repeats))
     times = []
     for _ in range(repeats):
-        flush.zero_()
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(_SLEEP_CYCLES)
-            begin.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def list_gpu_seconds(work: Callable[[], Any], prepare: Callable[[], Any], *, repeats: int) -> list[float]:
+    """Return the times that the GPU takes for `work`, all of it queued before the first kernel starts."""
+    times: list[float] = []
+    sleep = _SLEEP_CYCLES
+    while len(times) < repeats:
+        prepare()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(sleep)
+        begin.record()
+        work()
+        end.record()
+        is_host_ahead = not begin.query()
+        torch.cuda.synchronize()
+        if is_host_ahead or sleep >= _MOST_SLEEP_CYCLES:
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:  # the GPU has waited for launches
+            sleep *= 2
+    return times
 
 
 def measure_product(shape: Shape, recipe_name: str | None, device: torch.device, *, repeats: int) -> float:

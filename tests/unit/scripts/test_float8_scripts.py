@@ -63,6 +63,37 @@ def test_measured_speeds_stand_beside_estimates(tmp_path, capsys):
     }
 
 
+class _Event:
+    """Of a GPU that finishes a sleep of fewer than 5 million cycles before the host has queued what comes after it."""
+
+    cycles = 0
+
+    def __init__(self, **_):
+        self.is_late = False
+
+    def record(self):
+        self.is_late = _Event.cycles < 5_000_000
+
+    def query(self):
+        return self.is_late
+
+    def elapsed_time(self, _):
+        return 9.0 if self.is_late else 2.0
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2**31, 0.002), (2**22, 0.009)], ids=["ahead", "never"])
+def test_time_counts_where_the_host_was_ahead(monkeypatch, most, expected):
+    """Else small layers look as slow as their launches; but what waits for the GPU comes to an end."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: setattr(_Event, "cycles", cycles))
+    monkeypatch.setattr(float8_matmul, "_MOST_SLEEP_CYCLES", most)
+    prepared = []
+    times = float8_matmul.list_gpu_seconds(lambda: None, lambda: prepared.append(1), repeats=3)
+    assert times == [expected] * 3
+    assert len(prepared) > 3
+
+
 def test_other_processes_compile_all_shapes_beforehand(tmp_path, monkeypatch):
     commands = []
 
