@@ -2,6 +2,7 @@
 
     python scripts/float8_roofline.py --gpu H200
     python scripts/float8_roofline.py --gpu H200 --measured float8_h200.csv      # from scripts/float8_matmul.py
+    python scripts/float8_roofline.py --gpu H200 --measured h200.csv --carry-to H100 --csv h100_80gb_hbm3.csv
 
 The model is that of torchao's float8 README: float8 pays where
 
@@ -10,6 +11,9 @@ The model is that of torchao's float8 README: float8 pays where
 A product of M x K and K x N takes 2 M K N FLOPs at a share of the tensor cores' peak, or its bytes at a share of the memory's peak,
 whichever takes longer; a layer has three. The overhead is the bytes that casts read and write. What the model leaves out, launch times
 above all, makes small layers look better than they are.
+
+`--carry-to` writes the table that another GPU of the same chip would have measured: each time that was, longer or shorter by as much as the
+estimates of both differ. (Between H200 and H100 that is the memory's speed alone.)
 
 K: features in, N: features out, M: tokens.
 """
@@ -95,6 +99,24 @@ def read_measured(path: Path) -> dict[tuple[str, int, int, int], float]:
         }
 
 
+def carry(rows: Sequence[Mapping[str, Any]], source: str, target: str) -> list[dict[str, Any]]:
+    """Return rows of scripts/float8_matmul.py for the GPU `target`, from those that `source` measured."""
+    gpus = GPUS[source], GPUS[target]
+    carried = []
+    for row in rows:
+        m, k, n = (int(row[size]) for size in "MKN")
+        new: dict[str, Any] = {**row, "device": f"{target}, estimated from {row['device']}"}
+        for recipe, prefix, in_bytes in ((None, "bf16_", 2), (row["recipe"], "", 1)):
+            layers = [get_layer_seconds(m, k, n, gpu, recipe) for gpu in gpus]
+            products = [get_gemm_seconds(m, k, n, gpu, in_bytes=in_bytes) for gpu in gpus]
+            for kind, (before, after) in (("layer", layers), ("product", products)):
+                new[f"{prefix}{kind}_seconds"] = float(row[f"{prefix}{kind}_seconds"]) + after - before
+        for kind in ("layer", "product"):
+            new[f"{kind}_speedup"] = new[f"bf16_{kind}_seconds"] / new[f"{kind}_seconds"]
+        carried.append(new)
+    return carried
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of the same columns, with a line of their names first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", choices=CASTS, default=list(CASTS))
     parser.add_argument("--shapes", nargs="+", help="M,K,N each; default: those measured, or a sweep")
     parser.add_argument("--measured", type=Path, help="CSV of scripts/float8_matmul.py")
+    parser.add_argument(
+        "--carry-to", choices=("H100", "H200"), help="write the --measured times of --gpu as this one's to --csv"
+    )
     parser.add_argument("--csv", type=Path, help="file for the table")
     args = parser.parse_args(argv)
+    if args.carry_to:
+        if not args.measured or not args.csv or args.gpu not in ("H100", "H200"):
+            parser.error("--carry-to needs --measured and --csv, and --gpu H100 or H200")
+        with open(args.measured, newline="", encoding="utf-8") as file:
+            write_csv(args.csv, carry(list(csv.DictReader(file)), args.gpu, args.carry_to))
+        return 0
     measured = read_measured(args.measured) if args.measured else {}
     if args.shapes:
         shapes = [tuple(int(size) for size in text.split(",")) for text in args.shapes]

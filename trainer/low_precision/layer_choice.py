@@ -138,7 +138,10 @@ def _build_slow_reason(section: Float8LinearConfig, tokens: int) -> SlowReason:
         if by_size and is_too_small(n_in, n_out, is_rowwise=is_rowwise):
             return "too small to gain"
         speedup = math.inf if table is None else table.look_up(tokens, n_in, n_out)
-        return f"x {speedup:.2f} of bf16's speed with {tokens} tokens" if speedup <= 1.0 else None
+        if speedup > 1.0 or table is None:
+            return None
+        note = f" ({table.device})" if "estimated" in table.device else ""
+        return f"x {speedup:.2f} of bf16's speed with {tokens} tokens{note}"
 
     return find_slow
 

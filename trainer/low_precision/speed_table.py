@@ -18,14 +18,16 @@ Shape = tuple[int, int, int]
 """M, K, N."""
 
 FOLDER = Path(__file__).parent / "speed_tables"
-"""Tables by GPU, `<name>.csv`: `h200.csv` for "NVIDIA H200"."""
+"""Tables by GPU, by a part of its marketing name, with `_` for a space: `h200.csv` for "NVIDIA H200"."""
 
 
 class SpeedTable:
     """Speedups over bf16 of forward and backward of whole layers, by one recipe."""
 
-    def __init__(self, speedups: Mapping[Shape, float]) -> None:
+    def __init__(self, speedups: Mapping[Shape, float], *, device: str = "") -> None:
         self._speedups = dict(speedups)
+        self.device = device
+        """Where they are from: a GPU, or one "estimated from" another."""
         self._axes = [sorted({shape[axis] for shape in speedups}) for axis in range(3)]
 
     def look_up(self, m: int, k: int, n: int) -> float:
@@ -69,6 +71,7 @@ def read_speed_table(path: Path, recipe_name: str) -> SpeedTable:
         measured = {
             (row["recipe"], int(row["M"]), int(row["K"]), int(row["N"])): float(row["layer_speedup"]) for row in rows
         }
+        device = rows[0].get("device") or "" if rows else ""
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} cannot be read ({error!r}): scripts/float8_matmul.py --out makes one") from error
     speedups = {key[1:]: speedup for key, speedup in measured.items() if key[0] == recipe_name}
@@ -77,7 +80,7 @@ def read_speed_table(path: Path, recipe_name: str) -> SpeedTable:
         raise ValueError(
             f"{where} has the recipes {known}, and not {recipe_name}: measure it by scripts/float8_matmul.py --recipes {recipe_name}"
         )
-    return SpeedTable(speedups)
+    return SpeedTable(speedups, device=device)
 
 
 def find_speed_table(given: str | None, gpu_name: str | None) -> Path:
@@ -89,7 +92,8 @@ def find_speed_table(given: str | None, gpu_name: str | None) -> Path:
     if given is not None:
         return Path(given)
     for path in sorted(FOLDER.glob("*.csv"), key=lambda path: -len(path.stem)):
-        if gpu_name is not None and re.search(rf"\b{re.escape(path.stem)}\b", gpu_name, re.IGNORECASE):
+        name = re.escape(path.stem.replace("_", " "))
+        if gpu_name is not None and re.search(rf"\b{name}\b", gpu_name, re.IGNORECASE):
             return path
     raise ValueError(
         f"quantize.linear.float8.filter_fqns has {SPEED_FILTER!r}, but there is no table of measured speeds for {gpu_name or 'the CPU'}. "

@@ -59,13 +59,25 @@ def test_table_that_does_not_serve_is_refused(tmp_path: Path) -> None:
 
 def test_table_is_found_by_the_name_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_table, "FOLDER", tmp_path)
-    plain, nvl = write(tmp_path / "h200.csv"), write(tmp_path / "h200 nvl.csv")
+    plain, nvl = write(tmp_path / "h200.csv"), write(tmp_path / "h200_nvl.csv")
     assert find_speed_table(None, "NVIDIA H200") == plain
     assert find_speed_table(None, "NVIDIA H200 NVL") == nvl
     assert find_speed_table("mine.csv", None) == Path("mine.csv")
     for name in ("NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3", None):
         with pytest.raises(ValueError, match=r"no table of measured speeds for .* auto_filter_small_kn"):
             find_speed_table(None, name)
+
+
+def test_tables_of_h200_and_h100_serve_each_recipe_that_was_measured() -> None:
+    speedups = {}
+    for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        for recipe in ("tensorwise", "rowwise", "delayed"):
+            table = read_speed_table(find_speed_table(None, gpu), recipe)
+            assert ("estimated from NVIDIA H200" in table.device) == ("H100" in gpu)
+            speedups[gpu[7:11], recipe] = table.look_up(4096, 8192, 16384)
+            assert table.look_up(4096, 1024, 1024) < 1 < speedups[gpu[7:11], recipe]
+    assert all(speedups["H100", recipe] < speedups["H200", recipe] for recipe in ("tensorwise", "rowwise", "delayed"))
+    assert speedups["H100", "tensorwise"] == pytest.approx(1.39, abs=0.03), "torchao's README, measured on H100"
 
 
 def test_layers_that_gain_nothing_stay(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts import float8_casts, float8_matmul, float8_roofline
-from trainer.low_precision.speed_table import read_speed_table
+from trainer.low_precision.speed_table import FOLDER, read_speed_table
 
 
 def read(path):
@@ -61,6 +61,18 @@ def test_measured_speeds_stand_beside_estimates(tmp_path, capsys):
     assert {row["measured_speedup"] for row in read(table)} == {
         row["layer_speedup"] for row in rows if row["recipe"] == "tensorwise"
     }
+
+
+def test_table_of_h100_is_that_of_h200_carried_over(tmp_path):
+    """If this fails: scripts/float8_roofline.py --gpu H200 --measured h200.csv --carry-to H100 --csv h100_80gb_hbm3.csv"""
+    argv = ["--gpu", "H200", "--measured", str(FOLDER / "h200.csv"), "--carry-to", "H100"]
+    assert float8_roofline.main([*argv, "--csv", str(tmp_path / "carried.csv")]) == 0
+    shipped, carried, source = map(read, (FOLDER / "h100_80gb_hbm3.csv", tmp_path / "carried.csv", FOLDER / "h200.csv"))
+    assert len(shipped) == len(source)
+    for mine, other, of_h200 in zip(shipped, carried, source, strict=True):
+        assert [mine[key] for key in ("M", "K", "N", "recipe")] == [of_h200[key] for key in ("M", "K", "N", "recipe")]
+        assert float(mine["layer_speedup"]) == pytest.approx(float(other["layer_speedup"]))
+        assert float(mine["layer_seconds"]) > float(of_h200["layer_seconds"]), "casts move bytes"
 
 
 class _Event:
