@@ -29,6 +29,12 @@ EMULATED = {"emulate": True}
 GATHER = {**EMULATED, "enable_fsdp_float8_all_gather": True}
 PRECOMPUTE = {**GATHER, "precompute_float8_dynamic_scale_for_fsdp": True}
 DELAYED = {"recipe_name": "delayed", "delayed_warmup_steps": 1, **EMULATED}
+STATIC = {
+    "recipe_name": "static",
+    "static_scale_input": 60.0,
+    "static_scale_weight": 1000.0,
+    "static_scale_grad_output": 1e6,
+}
 TP = {"tensor_parallel_degree": 2}
 ZBV = {
     "pipeline_parallel_degree": 2,
@@ -103,6 +109,25 @@ def test_recipes_on_two_ranks() -> None:
     assert losses["gather"] == losses["precompute"] == losses["ac"] == losses["ac_compile"]
     assert losses["recast"] == losses["tensorwise"] != losses["gather"], "from fp32 shards, not from bf16 weights"
     assert losses["real"] == pytest.approx(losses["emulated"], rel=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_each_recipe_with_all_at_once() -> None:
+    """FSDP2, compilation, recomputation and accumulation; products emulated and real."""
+    recipes = {name: {"recipe_name": name} for name in TOLERANCES}
+    recipes |= {"delayed": {**DELAYED, "enable_fsdp_float8_all_gather": True}, "static": STATIC}
+    if torch.__version__ < "2.13":
+        recipes = {name: of for name, of in recipes.items() if not name.startswith("rowwise")}
+    together = {"compile": EAGER_COMPILE, "activation_checkpoint": AC, "microbatches": 2, "base": SHALLOW}
+    results = run_all(
+        *(case(f"{name}, emulated", 2, {**of, **EMULATED}, **together) for name, of in recipes.items()),
+        *(case(f"{name}, real", 2, {**of, "emulate": False}, **together) for name, of in recipes.items()),
+    )
+    for recipe in recipes:
+        emulated, real = f"{recipe}, emulated", f"{recipe}, real"
+        for name in (emulated, real):
+            assert_near([result[name] for result in results], recipe if recipe in TOLERANCES else "tensorwise", SHALLOW)
+        assert results[0][real].losses == pytest.approx(results[0][emulated].losses, rel=1e-4)
 
 
 @pytest.mark.exhaustive
