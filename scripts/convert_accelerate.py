@@ -38,10 +38,14 @@ class Conversion:
         self.missing.append(f"{key} = {value}: {meaning}")
 
 
+def read_flag(value: Any) -> bool:
+    """Return a boolean of YAML, or one that was written as a string."""
+    return str(value).strip().lower() in ("true", "1", "yes", "on")
+
+
 def read_flags(value: Any) -> list[bool]:
     """Return the booleans of a YAML list, or of `(false, false, false)`, which YAML takes for a string."""
-    words = value.strip("()[] ").split(",") if isinstance(value, str) else [str(flag) for flag in value]
-    return [word.strip().lower() in ("true", "1", "yes") for word in words]
+    return [read_flag(word) for word in (value.strip("()[] ").split(",") if isinstance(value, str) else value)]
 
 
 def convert_te(fp8: Mapping[str, Any], to: Conversion, *, keeps_te: bool) -> None:
@@ -67,9 +71,9 @@ def convert_te(fp8: Mapping[str, Any], to: Conversion, *, keeps_te: bool) -> Non
             fp8["override_linear_precision"],
             "all three products are in float8; recipe_name = rowwise_with_gw_hp has gradients of weights in high precision",
         )
-    if not fp8.get("use_autocast_during_eval", False):
+    if not read_flag(fp8.get("use_autocast_during_eval", False)):
         to.miss("fp8_config.use_autocast_during_eval", False, "validation, too, multiplies in float8")
-    if fp8.get("use_mxfp8_block_scaling", False):
+    if read_flag(fp8.get("use_mxfp8_block_scaling", False)):
         to.miss("fp8_config.use_mxfp8_block_scaling", True, "MX formats are not available")
 
 
@@ -79,8 +83,8 @@ def convert_ao(fp8: Mapping[str, Any], to: Conversion) -> None:
     to.settings["compile.enable"] = True
     for name in ("pad_inner_dim", "enable_fsdp_float8_all_gather"):
         if name in fp8:
-            to.set_float8(**{name: bool(fp8[name])})
-    if fp8.get("enable_fsdp_float8_all_gather"):
+            to.set_float8(**{name: read_flag(fp8[name])})
+    if read_flag(fp8.get("enable_fsdp_float8_all_gather", False)):
         to.set_float8(precompute_float8_dynamic_scale_for_fsdp=True)
 
 
@@ -111,20 +115,21 @@ def convert_fsdp(section: Mapping[str, Any], to: Conversion) -> None:
     same = {"fsdp_version": "FSDP2 is all there is", "fsdp_auto_wrap_policy": "each block is a unit"}
     same |= {"fsdp_cpu_ram_efficient_loading": "weights are made on the meta device"}
     for name, value in section.items():
-        if name in counterparts and isinstance(value, bool):
-            to.settings |= counterparts[name](value)
+        if name in counterparts and str(value).lower() in ("true", "false"):
+            to.settings |= counterparts[name](read_flag(value))
         else:
             to.miss(f"fsdp_config.{name}", value, same.get(name, "nothing of this kind"))
 
 
 def convert_dynamo(section: Mapping[str, Any], to: Conversion) -> None:
     """What of `dynamo_config` has a counterpart: compilation, which is always by blocks."""
-    backend = str(section.get("dynamo_backend", "no")).lower()
+    # YAML takes NO for false.
+    backend = str(section.get("dynamo_backend") or "no").lower()
     to.settings["compile.enable"] = backend != "no"
     if backend != "no":
         to.settings["compile.backend"] = backend
     for name, value in section.items():
-        if name == "dynamo_use_regional_compilation" and not value:
+        if name == "dynamo_use_regional_compilation" and not read_flag(value):
             to.miss(f"dynamo_config.{name}", value, "compilation is always by blocks")
         elif name not in ("dynamo_backend", "dynamo_use_regional_compilation"):
             to.miss(f"dynamo_config.{name}", value, "nothing of this kind")
@@ -156,6 +161,12 @@ def convert(config: Mapping[str, Any], *, keeps_te: bool = False) -> Conversion:
     convert_fsdp(config.get("fsdp_config") or {}, to)
     if config.get("dynamo_config"):
         convert_dynamo(config["dynamo_config"], to)
+    if config.get("mixed_precision", "fp8") != "fp8":
+        to.miss(
+            "mixed_precision",
+            config["mixed_precision"],
+            "accelerate reads fp8_config with fp8 alone. Float8 is on here",
+        )
     for name, value in config.items():
         if name not in ("fp8_config", "fsdp_config", "dynamo_config", "mixed_precision"):
             to.miss(name, value, "how a run is started is said to run_train.sh (see the README)")

@@ -101,6 +101,20 @@ def test_what_has_no_counterpart_is_named():
     keys = {line.split(" = ")[0].rpartition(".")[2] for line in conversion.missing}
     assert keys == (fp8.keys() | dynamo.keys()) - {"backend", "dynamo_backend", "use_autocast_during_eval"}
     assert conversion.settings["compile.enable"] is False
+    unquoted = convert({"fp8_config": {}, "dynamo_config": {"dynamo_backend": False}})
+    assert unquoted.settings["compile.enable"] is False
+
+
+def test_flags_may_be_strings_and_float8_that_was_off_is_told():
+    fp8 = {"backend": "AO", "enable_fsdp_float8_all_gather": "false", "pad_inner_dim": "True"}
+    fsdp = {"fsdp_activation_checkpointing": "true", "fsdp_reshard_after_forward": "SHARD_GRAD_OP"}
+    conversion = convert({"mixed_precision": "bf16", "fp8_config": fp8, "fsdp_config": fsdp})
+    assert conversion.settings[f"{SECTION}.enable_fsdp_float8_all_gather"] is False
+    assert f"{SECTION}.precompute_float8_dynamic_scale_for_fsdp" not in conversion.settings
+    assert conversion.settings[f"{SECTION}.pad_inner_dim"] is True
+    assert conversion.settings["activation_checkpoint.mode"] == "full"
+    keys = [line.split(" = ")[0] for line in conversion.missing]
+    assert keys == ["fsdp_config.fsdp_reshard_after_forward", "mixed_precision"]
 
 
 def test_ms_amps_level_is_kept():
