@@ -16,8 +16,8 @@ HARMLESS = (
     "job.*", "profiling.*", "metrics.*", "checkpoint.*", "comm.*", "memory_estimation.*", "plan.*", "fault_tolerance.*", "validation.*",
     "data.cache_dir", "data.prepare_workers", "data.max_bad_rows", "data.read_retries", "data.read_timeout_seconds",
     "model.print_after_conversion", "training.steps", "training.gc_*", "training.dataloader.*", "training.nonfinite_*",
-    "training.spike_*", "quantize.linear.float8.write_scales_file", "quantize.linear.float8.measure_freq",
-    "quantize.linear.float8.fp8_opt_level", "quantize.grouped_mm.float8.measure_freq",
+    "training.spike_*", "quantize.linear.float8.write_scales_file", "quantize.linear.float8.fp8_opt_level",
+    "quantize.grouped_mm.float8.measure_freq",
 )  # fmt: skip
 """Globs of what leaves the weights alone. The number of steps counts by the schedule that it sets, and a level by its settings."""
 
@@ -25,7 +25,7 @@ ROUNDING = (
     "parallelism.*", "activation_checkpoint.*", "compile.*", "debug.deterministic*", "optimizer.implementation",
     "training.local_batch_size", "training.loss_chunk_size", "training.enable_cpu_offload",
     "quantize.linear.float8.fused_cast", "quantize.linear.float8.force_recompute_fp8_weight_in_bwd",
-    "quantize.linear.float8.pad_inner_dim",
+    "quantize.linear.float8.pad_inner_dim", "quantize.linear.float8.measure_freq",
 )  # fmt: skip
 """Globs of what gives the same result up to rounding. (A batch is compared by all its sequences.)"""
 

@@ -123,14 +123,15 @@ class ScalingHistory:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set all of it."""
+        """Set all of it. Of a history of another length the newest steps that fit are taken."""
         scales = self._collect("scale")
         self._move_to(scales.device)
         self.steps = int(state["steps"])
         if self.layers:
             self._assign("scale", torch.stack([state[f"{name}.scale"].to(scales) for name in self.layers]))
             history = torch.stack([state[f"{name}.amax_history"] for name in self.layers], dim=1)
-            self._history = history.to(scales)
+            kept = min(len(history), len(self._history))
+            self._history.zero_()[:kept] = history[:kept].to(scales)
         self._set_recipe()
 
     # Scales for later runs.

@@ -193,6 +193,20 @@ def test_resume_is_exact():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("length", [2, 5])
+def test_history_of_another_length_is_cut_or_begins_with_what_there_is(length):
+    model, history = build()
+    for step, size in enumerate((8.0, 1.0, 4.0)):
+        take_step(model, make_batch(step, size))
+    resumed, its_history = build(amax_history_len=length)
+    its_history.load_state_dict(history.state_dict())
+    take_step(resumed, make_batch(9, 0.1))
+    newest = its_history.state_dict()["0.amax_history"][:, 0]
+    assert len(newest) == length
+    assert torch.equal(newest[1 : min(length, 4)], history.state_dict()["0.amax_history"][: min(length, 4) - 1, 0])
+    assert (newest > 0).sum() == min(length, 4)
+
+
 def test_model_has_no_new_state_and_scales_stay_float32():
     model, _ = build()
     assert list(model.state_dict()) == ["0.weight"]
