@@ -6,6 +6,7 @@ step's scales are the same in all its passes, whatever is recomputed or accumula
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from trainer.low_precision.float8_layer import PARTS
 from trainer.low_precision.float8_linear import Float8Linear
 from trainer.low_precision.recipe import KINDS, build_recipe
 from trainer.low_precision.scaling import get_scale
+
+logger = logging.getLogger(__name__)
 
 Scales = dict[str, dict[str, float]]
 """Of each layer, by name, and kind."""
@@ -127,6 +130,11 @@ class ScalingHistory:
         scales = self._collect("scale")
         self._move_to(scales.device)
         self.steps = int(state["steps"])
+        if self._section.write_scales_file is not None and self.steps and not self._peaks.any():
+            logger.warning(
+                "the scales for %s will be of what is seen from now on: what the run had seen in its first %d steps is in no checkpoint",
+                self._section.write_scales_file, self.steps,
+            )  # fmt: skip
         if self.layers:
             self._assign("scale", torch.stack([state[f"{name}.scale"].to(scales) for name in self.layers]))
             history = torch.stack([state[f"{name}.amax_history"] for name in self.layers], dim=1)

@@ -236,6 +236,17 @@ def test_scaling_is_chosen_for_each_kind(kind):
     assert history.get_static_scales()["0"].keys() == {kind}
 
 
+def test_resumed_run_that_writes_scales_says_what_they_leave_out(caplog):
+    model, history = build(write_scales_file="scales.json")
+    take_step(model, make_batch(0))
+    history.load_state_dict(history.state_dict())
+    assert not caplog.messages, "it was seen here"
+    build(write_scales_file="scales.json")[1].load_state_dict(history.state_dict())
+    assert [line.rpartition(":")[0] for line in caplog.messages] == [
+        "the scales for scales.json will be of what is seen from now on"
+    ]
+
+
 def test_static_scales_come_from_a_run_that_writes_them(tmp_path):
     model, history = build(2, recipe_name="tensorwise", write_scales_file="x")
     dynamic = take_step(model, make_batch(0))
