@@ -25,6 +25,7 @@ from trainer.config.pipeline_layout import PipelineLayout
 from trainer.config.schedule_actions import Action
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import CompileConfig, ParallelismConfig
+from trainer.config.schema_quantize import SPEED_FILTER
 from trainer.distributed import pipeline_parallel
 from trainer.distributed.compile_backends import BUILDERS
 from trainer.distributed.fsdp import choose_accumulation
@@ -32,6 +33,7 @@ from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import materialize
 from trainer.low_precision.float8_training import build_float8_training
+from trainer.low_precision.speed_table import find_speed_table
 from trainer.planner.compiled import build_backend
 from trainer.planner.hardware import Gpu
 from trainer.planner.memory import Memory, replay
@@ -85,7 +87,7 @@ def run_dry(
         dims.stage_group()  # for float8's amaxes: a mesh is cut up by real tensors
         recorder.copy_engine_groups = _find_copy_engine_groups(config.parallelism, dims, gpus_per_host)
         config = dataclasses.replace(
-            _after_warmup(config),
+            settle_float8(config, gpu),
             compile=_compile_by(recorder, config.compile),
             parallelism=dataclasses.replace(config.parallelism, fsdp_collectives="nccl"),
         )
@@ -282,9 +284,16 @@ def _compile_by(recorder: Recorder, section: CompileConfig) -> CompileConfig:
     return dataclasses.replace(section, backend=name, model_backend_override=None, graph_passes=graph_passes)
 
 
-def _after_warmup(config: JobConfig) -> JobConfig:
-    """Return the settings without the first steps of delayed scaling, which are slower than all others."""
+def settle_float8(config: JobConfig, gpu: Gpu) -> JobConfig:
+    """Return the settings without the first steps of delayed scaling, which are slower than all others, and with the speeds of `gpu`,
+    where layers are chosen by them.
+
+    Raises:
+        ValueError: there is no table of them.
+    """
     linear = dataclasses.replace(config.quantize.linear.float8, delayed_warmup_steps=0)
+    if SPEED_FILTER in linear.filter_fqns:
+        linear = dataclasses.replace(linear, speed_table=str(find_speed_table(linear.speed_table, gpu.cuda_name)))
     quantize = dataclasses.replace(config.quantize, linear=dataclasses.replace(config.quantize.linear, float8=linear))
     return dataclasses.replace(config, quantize=quantize)
 

@@ -9,6 +9,7 @@ sheet less a fifth; the rate of an update on the CPU is that of the one run meas
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.planner.network import Transfer
 from trainer.planner.operations import Work
@@ -29,6 +30,8 @@ class Gpu:
     """Of elementwise kernels within a step, read and written."""
     peak: float
     """Dense bf16, of the data sheet: what MFU is a share of."""
+    cuda_name: str = ""
+    """As torch.cuda calls it."""
     multiprocessors: int = 132
     rates: dict[str, float] = field(default_factory=dict)
     """Of large matrix products and of attention, by kind of work."""
@@ -99,8 +102,11 @@ _HOPPER_RATES = {
     "attention backward": 440e12,
 }
 
+_SXM: dict[str, Any] = {"peak": 989.4e12, "rates": _HOPPER_RATES}
 GPUS = {
-    "H200": Gpu("H200", memory=150_109_880_320, bandwidth=3.4e12, peak=989.4e12, rates=_HOPPER_RATES),
-    "H100": Gpu("H100", memory=84_983_021_568, bandwidth=3.4e12 * 3.35 / 4.8, peak=989.4e12, rates=_HOPPER_RATES),
+    "H200": Gpu("H200", memory=150_109_880_320, bandwidth=3.4e12, cuda_name="NVIDIA H200", **_SXM),
+    "H100": Gpu(
+        "H100", memory=84_983_021_568, bandwidth=3.4e12 * 3.35 / 4.8, cuda_name="NVIDIA H100 80GB HBM3", **_SXM
+    ),
 }
 """Known kinds, by name."""
