@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -38,12 +38,15 @@ from trainer.planner.compiled import build_backend
 from trainer.planner.hardware import Gpu
 from trainer.planner.memory import Memory, replay
 from trainer.planner.offload import offloading
+from trainer.planner.pipeline_time import Interval, count_all, split_pairs
 from trainer.planner.recorder import Recorder, Span
 from trainer.planner.shortcuts import shortcuts_taken
 from trainer.planner.stand_ins import installed
 
 _DEVICE = torch.device("cpu")
 _BACKEND = "bloomery_planner"
+_MORE_MICROBATCHES = 8
+"""Beyond those that fill a pipeline: from 6 on nothing changes but counts (671B in 16 ranks by DualPipeV)."""
 
 
 @dataclass
@@ -57,7 +60,7 @@ class DryRun:
     """Ranks among which one microbatch's hidden states are divided: of tensor and of context parallelism."""
     memory: Memory
     spans: list[Span]
-    """What kept the streams of the device busy in the second step."""
+    """What kept the streams of the device busy in the second step, and how often in a whole one."""
     passes: list[tuple[Action, float]]
     """In a pipeline: seconds of each forward and backward pass of the second step."""
     batch_seconds: list[float]
@@ -103,17 +106,20 @@ def run_dry(
             else:
                 step.take(1)
             first_change, first_span = len(recorder.changes), len(recorder.spans)
-            step.passes.clear()
+            step.intervals.clear()
             step.take(min(microbatches, 2))
             _name_roles(built.model, step.optimizers, recorder)
-            changes = list(recorder.changes)
+            changes, spans = list(recorder.changes), recorder.spans[first_span:]
+        count_all(spans, step.looked_at, step.list_actions())
+        for span in recorder.spans[first_span : step.first_batch_end]:
+            span.times *= max(1, microbatches - 1)
         return DryRun(
             args=built.args,
             dp_degree=dims.dp_degree,
             parts=dims.tp * dims.cp,
             memory=replay(changes, first=first_change),
-            spans=recorder.spans[first_span:],
-            passes=step.passes,
+            spans=spans,
+            passes=split_pairs(step.intervals, spans),
             batch_seconds=step.batch_seconds,
             update_seconds=step.update_seconds,
             orders=step.list_orders(),
@@ -127,8 +133,11 @@ class _Step:
 
     def __init__(self, config: JobConfig, dims: ParallelDims, built: BuiltModel, recorder: Recorder) -> None:
         self.config, self.dims, self.built, self.recorder = config, dims, built, recorder
-        self.passes: list[tuple[Action, float]] = []
+        self.intervals: list[Interval] = []
+        self.looked_at: list[Action] = []
         self.batch_seconds: list[float] = []
+        self.first_batch_end = 0
+        """Number of the spans when the first of the batches that are accumulated is done."""
         self.update_seconds = 0.0
 
     @property
@@ -179,6 +188,8 @@ class _Step:
                 begin = stream.clock
                 losses.append(self.runner.forward_backward(batch, valid_tokens, is_last=place == n_batches - 1))
                 self.batch_seconds.append(stream.clock - begin)
+                if place == 0:
+                    self.first_batch_end = len(recorder.spans)
         recorder.phase = "update"
         begin = stream.clock
         sum_of(losses)
@@ -194,11 +205,18 @@ class _Step:
 
     def list_orders(self) -> list[list[Action]]:
         """Return the passes of each rank of the pipeline, of all microbatches of a batch."""
+        return [[action for action in of_rank if action.kind in "FBIW"] for of_rank in self._list_all_actions()]
+
+    def list_actions(self) -> Sequence[Action]:
+        """Return what this rank of the pipeline does with all microbatches of a batch, transfers too."""
+        pipeline = self.runner.pipeline
+        return [] if pipeline is None else self._list_all_actions()[pipeline.group.rank()]
+
+    def _list_all_actions(self) -> Sequence[Sequence[Action]]:
         pipeline = self.runner.pipeline
         if pipeline is None:
             return []
-        timetable = pipeline._get_timetable(_count_pipeline_microbatches(self.config), forward_only=False)
-        return [[action for action in of_rank if action.kind in "FBIW"] for of_rank in timetable.actions]
+        return pipeline._get_timetable(_count_pipeline_microbatches(self.config), forward_only=False).actions
 
     def _make_batch(self) -> dict[str, Tensor]:
         training = self.config.training
@@ -219,9 +237,11 @@ class _Step:
 
         def timed(self_: Any, action: Action, final: bool) -> None:
             begin = stream.clock
-            carry_out(self_, action, final)
+            self.looked_at.append(action)
+            with self.recorder.during(action):
+                carry_out(self_, action, final)
             if action.kind in "FBIW":
-                self.passes.append((action, stream.clock - begin))
+                self.intervals.append(Interval(action, begin, stream.clock))
 
         with mock.patch.object(pipeline_parallel._Pass, "_carry_out", timed):
             yield
@@ -239,7 +259,10 @@ def _choose_microbatches(layout: PipelineLayout, given: int) -> int:
         return given
     if layout.schedule.style == "single":
         return min(given, layout.n_ranks + 2)
-    return min(given, 2 * len(layout.stages) if layout.schedule.style == "v" else 2 * layout.n_ranks)
+    if layout.schedule.style == "v":
+        n_stages = len(layout.stages)  # as many microbatches are on the way, before the first one is done
+        return min(given, n_stages + min(n_stages, _MORE_MICROBATCHES))
+    return min(given, 2 * layout.n_ranks)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from trainer.planner.memory import Memory
 from trainer.planner.network import Transfer
 from trainer.planner.pipeline_time import run_pipeline
 from trainer.planner.processes import run_all
+from trainer.planner.recorder import Span
 from trainer.planner.streams import COMPUTE, HOST
 
 # Outside of torch's allocator, and not measured: the CUDA context with its kernels, and NCCL's buffers for each axis of the mesh.
@@ -160,8 +161,7 @@ class _Assembly:
         busy: dict[str, float] = {}
         for span in spans:
             if not isinstance(span.work, Transfer):
-                busy[span.work.kind] = busy.get(span.work.kind, 0.0) + span.seconds
-        on_compute = sum(span.seconds for span in spans if span.stream in (COMPUTE, HOST))
+                busy[span.work.kind] = busy.get(span.work.kind, 0.0) + span.times * span.seconds
         return Plan(
             world_size=self.world_size,
             gpu=self.gpu.name,
@@ -172,9 +172,9 @@ class _Assembly:
             tokens_per_second=tokens / seconds,
             mfu=tokens / seconds * flops_per_token / self.gpu.peak,
             flops_per_token=flops_per_token,
-            executed_flops=sum(span.work.flops for span in spans if not isinstance(span.work, Transfer)),
+            executed_flops=sum(span.times * span.work.flops for span in spans if not isinstance(span.work, Transfer)),
             busy_seconds=busy,
-            exposed_seconds=max(0.0, sum(run.batch_seconds) + run.update_seconds - on_compute),
+            exposed_seconds=_sum_gaps(spans),
             bubble=bubble,
             transfers=_sum_transfers(run, self.config.plan.gpus_per_host),
             parameters=run.args.n_params(),
@@ -256,6 +256,16 @@ class _PassTimes:
         return self._by_kind[action.kind] if known is None else known
 
 
+def _sum_gaps(spans: list[Span]) -> float:
+    """Return the seconds of a step in which no kernel runs, since the next one waits for a collective."""
+    total, free_from = 0.0, spans[0].begin if spans else 0.0
+    for span in spans:
+        if span.stream in (COMPUTE, HOST):
+            total += span.times * max(0.0, span.begin - free_from)
+            free_from = span.begin + span.seconds
+    return total
+
+
 def _sum_transfers(run: DryRun, gpus_per_host: int) -> list[TransferPlan]:
     found: dict[tuple[str, str], TransferPlan] = {}
     for span in run.spans:
@@ -268,7 +278,7 @@ def _sum_transfers(run: DryRun, gpus_per_host: int) -> list[TransferPlan]:
             crosses = len({rank // gpus_per_host for rank in work.ranks}) > 1
             found[key] = TransferPlan(axis, work.kind, work.degree, 0, 0, 0.0, crosses)
         entry = found[key]
-        entry.count += 1
-        entry.bytes += work.bytes
-        entry.seconds += span.seconds
+        entry.count += span.times
+        entry.bytes += span.times * work.bytes
+        entry.seconds += span.times * span.seconds
     return sorted(found.values(), key=lambda entry: -entry.seconds)

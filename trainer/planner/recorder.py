@@ -6,7 +6,9 @@ pass. What the program does otherwise on a CPU is replaced in `stand_ins`.
 
 import bisect
 import contextlib
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from torch._dynamo.callback import callback_handler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
+from trainer.config.schedule_actions import Action
 from trainer.planner.network import Transfer, describe_collective, list_inner_transfers
 from trainer.planner.operations import Work, as_number, describe, list_tensors
 from trainer.planner.streams import HOST, PlannedStream, Streams
@@ -27,6 +30,8 @@ _COMPUTE_FREE = ("empty", "new_empty", "empty_strided", "new_empty_strided", "em
 # How much longer kernels take beside a collective of NCCL, whose own kernels need multiprocessors and memory (docs/benchmarks.md: the
 # 16B's grouped products, 445 TFLOP/s for 593).
 _BESIDE_COLLECTIVES = 4 / 3
+# Work that CUDA takes from the host ahead of the device, before a launch waits for room: entries of a channel, as traces show it.
+_LAUNCH_QUEUE = 1024
 _NO_WORK = {getattr(torch.ops.aten, name) for name in _COMPUTE_FREE} | {torch.ops.prim.device}
 
 
@@ -66,6 +71,10 @@ class Span:
     phase: str
     begin: float
     seconds: float
+    action: Action | None = None
+    """In a pipeline: what the rank was about."""
+    times: int = 1
+    """How often it comes in a step, of which not all was looked at."""
 
 
 class Recorder(FakeTensorMode):
@@ -90,6 +99,11 @@ class Recorder(FakeTensorMode):
         self._carrying: list[tuple[float, float]] = []
         """From when to when others are under way, as far as compute has not come past them."""
         self._arrivals: dict[int, float] = {}
+        self._of_thread = threading.local()
+        self._launched: deque[float] = deque(maxlen=_LAUNCH_QUEUE)
+        """When the last kernels on the compute stream will be done."""
+        self._caught_up = 0.0
+        """Until when the host last waited for the device."""
 
     # --- what is going on ---
 
@@ -215,8 +229,36 @@ class Recorder(FakeTensorMode):
         seconds = self._seconds_of(work)
         if stream is self.streams.compute:
             seconds = self._slow_down(stream.clock, seconds)
-        self.spans.append(Span(stream.name, work, self.phase, stream.clock, seconds))
+        self._note(Span(stream.name, work, self.phase, stream.clock, seconds))
         stream.clock += seconds
+        if stream is self.streams.compute:
+            self._launched.append(stream.clock)
+
+    def _note(self, span: Span) -> None:
+        span.action = getattr(self._of_thread, "action", None)
+        self.spans.append(span)
+
+    @contextlib.contextmanager
+    def during(self, action: Action) -> Iterator[None]:
+        """Take what this thread does meanwhile to be part of an action of a pipeline."""
+        self._of_thread.action = action
+        try:
+            yield
+        finally:
+            self._of_thread.action = None
+
+    def wait_until(self, moment: float) -> None:
+        """Have the host wait for what the device has done at `moment`: so far it is not ahead of it any more."""
+        self._caught_up = max(self._caught_up, moment)
+
+    def is_done_at(self, moment: float) -> bool:
+        """Whether a host that asks now, as far ahead of the device as it can be, finds done what is done at `moment`."""
+        is_full = len(self._launched) == _LAUNCH_QUEUE
+        return moment <= max(self._caught_up, self._launched[0] if is_full else 0.0)
+
+    def find_arrival(self, group: str) -> float:
+        """Return when the last collective of a process group is done."""
+        return self._networks[group].clock
 
     def send(self, transfer: Transfer, *, waits: bool) -> float:
         """Start a collective after what the current stream has so far. Return when it is done. waits: whether the stream does."""
@@ -227,7 +269,7 @@ class Recorder(FakeTensorMode):
         network.clock = begin + seconds
         if transfer.group not in self.copy_engine_groups:
             bisect.insort(self._carrying, (begin, network.clock))
-        self.spans.append(Span(network.name, transfer, self.phase, begin, seconds))
+        self._note(Span(network.name, transfer, self.phase, begin, seconds))
         if waits:
             stream.clock = network.clock
         return network.clock

@@ -80,7 +80,7 @@ def _describe_speed(plan: Plan) -> Iterator[str]:
         f"({plan.flops_per_token / 1e9:.2f} GFLOP a token, {plan.parameters:,} parameters)"
     )
     total = sum(plan.busy_seconds.values())
-    rows = [["ms of one rank's kernels, up to two batches", "", ""]]
+    rows = [["ms of one rank's kernels in a step", "", ""]]
     for kind, seconds in sorted(plan.busy_seconds.items(), key=lambda entry: -entry[1]):
         rows.append([f"  {kind}", f"{1e3 * seconds:.1f}", f"{100 * seconds / total:.0f}%"])
     yield from format_table(rows)

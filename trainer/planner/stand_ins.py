@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,6 +32,7 @@ def installed(recorder: Recorder, *, is_balanced: bool) -> Iterator[None]:
             (sequence_split, "build_document_mask", _build_document_mask),
             (expert_parallel, "_disable_current_modes", _disable_others_than(recorder)),
             (Turns, "run", _run_turns_with(recorder)),
+            (dist, "isend", _send_for(recorder)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(kernels.installed(recorder))
@@ -100,6 +102,31 @@ def _run_turns_with(recorder: Recorder) -> Callable[..., None]:
     return run_both
 
 
+class _Sent:
+    """What `isend` returns. That of a fake process group is never done, so that what was sent would stay in memory for good."""
+
+    def __init__(self, recorder: Recorder, arrival: float) -> None:
+        self._recorder, self._arrival = recorder, arrival
+
+    def is_completed(self) -> bool:
+        """Whether the host, if it asks now, finds that it has left."""
+        return self._recorder.is_done_at(self._arrival)
+
+    def wait(self) -> bool:
+        """Nobody waits for what is sent, but for the end of it."""
+        return True
+
+
+def _send_for(recorder: Recorder) -> Callable[..., _Sent]:
+    send = dist.isend
+
+    def isend(tensor: Tensor, *, group: dist.ProcessGroup, group_dst: int) -> _Sent:
+        send(tensor, group=group, group_dst=group_dst)
+        return _Sent(recorder, recorder.find_arrival(group.group_name))
+
+    return isend
+
+
 _SPREAD = 0.45
 """Standard deviation of the logarithms of the experts' loads in a layer. The busiest of 64 then has some 2.6 times the mean's, as
 the median layer of the 16B had in its first hundred steps (docs/benchmarks.md: 1.7 to 3)."""
@@ -133,7 +160,13 @@ def _routing(recorder: Recorder, spread: float) -> Iterator[None]:
 
     def start_copy(_: Tensor) -> Callable[[], list[list[int]]]:
         copied = list(splits)  # now: until the host looks, the other one of two passes at once may have sent rows
-        return lambda: copied
+        begun = recorder.streams.compute.clock
+
+        def wait() -> list[list[int]]:
+            recorder.wait_until(begun)
+            return copied
+
+        return wait
 
     with (
         mock.patch.object(expert_dispatch.ExchangingDispatcher, "send", noting_rows),

@@ -53,3 +53,14 @@ def test_kernels_take_longer_beside_collectives_that_need_multiprocessors():
         recorder.spend(Work("memory", bytes=size))
     spans = [span for span in recorder.spans if span.stream == "compute"]
     assert [span.seconds for span in spans] == pytest.approx([4.0, 7.0, 3.0])
+
+
+def test_host_that_asks_is_ahead_of_the_device_by_a_full_queue_until_it_waits():
+    recorder = Recorder(lambda work: 1.0)
+    for _ in range(1030):
+        recorder.spend(Work("memory"))
+    assert recorder.is_done_at(7.0)
+    assert not recorder.is_done_at(8.0)
+    recorder.wait_until(100.0)
+    assert recorder.is_done_at(100.0)
+    assert not recorder.is_done_at(101.0)
