@@ -1,11 +1,21 @@
 """Which layouts a search tries, and what it lists: with plans that are made up."""
 
 import dataclasses
+import math
 
 from tests.unit.planner.plans import make_made_up_plan
 from trainer.config.manager import load_config
 from trainer.config.toml_file import tomli
-from trainer.planner.search import Result, Search, apply_layout, format_result, format_results, format_toml
+from trainer.planner.search import (
+    Degrees,
+    Result,
+    Search,
+    apply_layout,
+    format_result,
+    format_results,
+    format_toml,
+    get_degrees,
+)
 
 ARGUMENTS = ["--model.flavor", "8B", "--training.local_batch_size", "2", "--compile.enable"]
 
@@ -65,6 +75,38 @@ def test_where_the_smallest_does_not_fit_no_larger_one_is_tried_and_failures_are
     assert results
     assert all(result.layout["parallelism.tensor_parallel_degree"] == 1 for result in results)
     assert format_result(results[0]).startswith("too large: tokens/s per GPU")
+
+
+def test_search_begins_with_the_settings_and_goes_on_from_the_best_so_far():
+    best = Degrees(tp=8, cp=2, pp=8)
+
+    def plan(config, world_size):
+        degrees = get_degrees(config)
+        tried[degrees] = config
+        if degrees == best:
+            search._ends_at = 0.0
+        distance = sum(abs(math.log2(degree / wanted)) for degree, wanted in zip(degrees, best, strict=True))
+        return make_made_up_plan(speed=1000 - distance, needed=10 if degrees.pp > 2 else 200 + distance)
+
+    tried: dict[Degrees, object] = {}
+    search = Search(load_config([*ARGUMENTS, "--parallelism.tensor_parallel_degree", "2"]).config, 16384, plan)
+    fastest = search.run()[0].layout
+    assert next(iter(tried)) == Degrees(tp=2)
+    assert best in tried
+    assert len(tried) < 40
+    assert fastest["parallelism.pipeline_parallel_degree"] == 8
+    assert (fastest["training.local_batch_size"], fastest["parallelism.pipeline_parallel_microbatch_size"]) == (128, 2)
+
+
+def test_batches_divide_that_of_the_step_and_weights_are_gathered_again_where_a_pipeline_would_not_fit():
+    _, tried, _ = search(
+        lambda c: c.parallelism.fsdp_reshard_after_forward == "always" and c.parallelism.tensor_parallel_degree == 1,
+        arguments=["--training.global_batch_size", "24", "--plan.search_seconds", "20"],
+    )
+    assert any(c.parallelism.fsdp_reshard_after_forward == "always" for c in tried)
+    pipelines = [c for c in tried if c.parallelism.pipeline_parallel_degree == 2 and get_degrees(c).cp == 1]
+    # Four data-parallel ranks with six sequences each; half as many with tensor parallelism.
+    assert {(c.training.local_batch_size, c.parallelism.tensor_parallel_degree) for c in pipelines} >= {(6, 1), (12, 2)}
 
 
 def test_where_nothing_fits_it_says_so():
