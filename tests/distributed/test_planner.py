@@ -57,6 +57,8 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     gathered = next(entry for entry in plain.transfers if entry.kind == "all-gather")
     assert gathered.bytes >= 2 * plain.parameters  # bf16, each weight once or twice
     assert plain.fits
+    assert plain.notes[0].startswith("rates measured on H200")
+    assert "between hosts" not in plain.notes[0]
     float8 = ["--model.converters", "float8", "--quantize.linear.float8.recipe_name", "delayed"]
     float8 += ["--quantize.linear.float8.enable_fsdp_float8_all_gather", "--training.gradient_wire_dtype", "float8"]
     low = plan([*debug, *float8, "--optimizer.state_dtype", "bfloat16"], 8)
@@ -116,6 +118,7 @@ def test_experts_are_gathered_once_for_each_of_their_passes(monkeypatch: pytest.
     assert counts["efsdp", "all-gather"] == 2 * (n_layers - n_dense)
     # Embeddings, blocks and output; the output stays gathered between its passes.
     assert counts["fsdp", "all-gather"] == 2 * (n_layers + 2) - 1
+    assert "between hosts assumed: 45 GB/s" in planned.notes[0]
     parts, n_bytes = planned.worst.memory.parts, 4 * planned.parameters / 64
     assert parts["gathered weights"] > 0
     # In host memory, experts too: shards are copied for each gather, gradients back.

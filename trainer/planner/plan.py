@@ -205,7 +205,8 @@ class _Assembly:
         return (total + tail) * self.n_batches + max(run.update_seconds for run in self.runs), bubble
 
     def _list_notes(self) -> list[str]:
-        config, notes = self.config, []
+        config = self.config
+        notes = [self._describe_rates()]
         if config.parallelism.fsdp_collectives != "nccl":
             notes.append(
                 "parallelism.fsdp_collectives: copy engines, where they can be used, are planned as nccl that slows nothing beside it"
@@ -229,11 +230,16 @@ class _Assembly:
             notes.append(
                 "compile.enable = false: times are of single kernels, as long as the host keeps up with the device"
             )
-        if self.gpu.name != "H200":
-            notes.append(f"{self.gpu.name}: rates are derived from those measured on H200")
-        if self.world_size > config.plan.gpus_per_host:
-            notes.append("networks between hosts: 45 GB/s for each GPU is assumed, not measured")
         return notes
+
+    def _describe_rates(self) -> str:
+        gpu = self.gpu
+        known = "measured on H200 (products, attention, memory, collectives in a host)"
+        if gpu.name != "H200":
+            known = f"for {gpu.name} not measured: H200's for products, attention and collectives in a host, memory's by the data sheets"
+        crosses = self.world_size > self.config.plan.gpus_per_host
+        between = f"; between hosts assumed: {gpu.host_bandwidth / 1e9:.0f} GB/s a GPU" if crosses else ""
+        return f"rates {known}{between}. Kernels and collectives overlap where the program's streams let them; beside NCCL's, kernels take a third longer"
 
 
 class _PassTimes:
