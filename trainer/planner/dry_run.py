@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
@@ -20,31 +19,24 @@ from trainer.build_passes import build_run_passes
 from trainer.components.expert_balance import build_expert_balance
 from trainer.components.optimizer import Optimizers, build_optimizer
 from trainer.components.passes import sum_of
-from trainer.config.errors import UserError
 from trainer.config.pipeline_layout import PipelineLayout
 from trainer.config.schedule_actions import Action
 from trainer.config.schema import JobConfig
-from trainer.config.schema_parallel import CompileConfig, ParallelismConfig
-from trainer.config.schema_quantize import SPEED_FILTER
 from trainer.distributed import pipeline_parallel
-from trainer.distributed.compile_backends import BUILDERS
-from trainer.distributed.fsdp import choose_accumulation
 from trainer.distributed.grad_norm import clip_grad_norm
 from trainer.distributed.parallel_dims import ParallelDims
 from trainer.distributed.weight_init import materialize
 from trainer.low_precision.float8_training import build_float8_training
-from trainer.low_precision.speed_table import find_speed_table
-from trainer.planner.compiled import build_backend
 from trainer.planner.hardware import Gpu
 from trainer.planner.memory import Memory, replay
 from trainer.planner.offload import offloading
 from trainer.planner.pipeline_time import Interval, count_all, split_pairs
 from trainer.planner.recorder import Recorder, Span
+from trainer.planner.settings import compile_by, find_copy_engine_groups, settle_accumulation, settle_float8
 from trainer.planner.shortcuts import shortcuts_taken
 from trainer.planner.stand_ins import installed
 
 _DEVICE = torch.device("cpu")
-_BACKEND = "bloomery_planner"
 _MORE_MICROBATCHES = 8
 """Beyond those that fill a pipeline: from 6 on nothing changes but counts (671B in 16 ranks by DualPipeV)."""
 
@@ -88,14 +80,16 @@ def run_dry(
         dims = ParallelDims.from_config(config.parallelism, world_size)
         dims.build_mesh(_DEVICE.type)
         dims.stage_group()  # for float8's amaxes: a mesh is cut up by real tensors
-        recorder.copy_engine_groups = _find_copy_engine_groups(config.parallelism, dims, gpus_per_host)
+        recorder.copy_engine_groups = find_copy_engine_groups(config.parallelism, dims, gpus_per_host)
         config = dataclasses.replace(
-            settle_float8(config, gpu),
-            compile=_compile_by(recorder, config.compile),
+            config,
+            quantize=settle_float8(config.quantize, gpu),
+            compile=compile_by(recorder, config.compile),
             parallelism=dataclasses.replace(config.parallelism, fsdp_collectives="nccl"),
         )
         built = build_model(config, dims)
-        config = _settle_accumulation(config, built.model, gpu)
+        parallelism = settle_accumulation(config.parallelism, config.training, built.model, gpu)
+        config = dataclasses.replace(config, parallelism=parallelism)
         step = _Step(config, dims, built, recorder)
         offload = offloading(recorder) if step.is_offloaded else contextlib.nullcontext()
         with recorder.recording(), installed(recorder, is_balanced=config.debug.moe_force_load_balance), offload:
@@ -273,66 +267,6 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _find_copy_engine_groups(section: ParallelismConfig, dims: ParallelDims, gpus_per_host: int) -> set[str]:
-    """Return the names of the groups that would communicate by copy engines.
-
-    Raises:
-        UserError: they have to, and cannot.
-    """
-    if section.fsdp_collectives == "nccl" or dims.fsdp == 1 or dims.pp > 1:
-        return set()
-    group = dims.mesh("fsdp").get_group()
-    hosts = {rank // gpus_per_host for rank in dist.get_process_group_ranks(group)}
-    if len(hosts) == 1:
-        return {group.group_name}
-    if section.fsdp_collectives == "copy_engine":
-        raise UserError(
-            f"parallelism.fsdp_collectives = 'copy_engine' cannot be used: the sharding group spans {len(hosts)} hosts of "
-            f"{gpus_per_host} GPUs (plan.gpus_per_host). Use 'auto' or 'nccl', or shard within hosts by "
-            "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
-        )
-    return set()
-
-
-def _compile_by(recorder: Recorder, section: CompileConfig) -> CompileConfig:
-    """Return the settings with the planner's backend, made known by a name of this recorder's, and the same passes over graphs."""
-    torch._dynamo.reset()
-    name = f"{_BACKEND}_{id(recorder)}"
-    registry: Callable[..., Any] = torch._dynamo.register_backend
-    registry(build_backend(recorder), name=name)
-    BUILDERS[name] = lambda passes, _: build_backend(recorder, passes)
-    _, graph_passes = section.get_backend()
-    return dataclasses.replace(section, backend=name, model_backend_override=None, graph_passes=graph_passes)
-
-
-def settle_float8(config: JobConfig, gpu: Gpu) -> JobConfig:
-    """Return the settings without the first steps of delayed scaling, which are slower than all others, and with the speeds of `gpu`,
-    where layers are chosen by them.
-
-    Raises:
-        ValueError: there is no table of them.
-    """
-    linear = dataclasses.replace(config.quantize.linear.float8, delayed_warmup_steps=0)
-    if SPEED_FILTER in linear.filter_fqns:
-        linear = dataclasses.replace(linear, speed_table=str(find_speed_table(linear.speed_table, gpu.cuda_name)))
-    quantize = dataclasses.replace(config.quantize, linear=dataclasses.replace(config.quantize.linear, float8=linear))
-    return dataclasses.replace(config, quantize=quantize)
-
-
-def _settle_accumulation(config: JobConfig, model: nn.Module, gpu: Gpu) -> JobConfig:
-    """Decide how gradients accumulate as it would be decided on the GPU."""
-    accumulation = choose_accumulation(
-        model,
-        parallelism=config.parallelism,
-        training=config.training,
-        device=_DEVICE,
-        device_bytes=gpu.memory,
-    )
-    return dataclasses.replace(
-        config, parallelism=dataclasses.replace(config.parallelism, fsdp_accumulation=accumulation)
-    )
 
 
 def _name_roles(model: nn.Module, optimizers: Optimizers, recorder: Recorder) -> None:

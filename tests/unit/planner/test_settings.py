@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config.manager import load_config
-from trainer.planner.dry_run import settle_float8
 from trainer.planner.hardware import GPUS
+from trainer.planner.settings import settle_float8
 
 DEBUG_CONFIG = Path(__file__).resolve().parents[3] / "train_configs" / "debug_llama3.toml"
 FLOAT8 = "--quantize.linear.float8"
@@ -18,7 +18,7 @@ def test_layers_are_chosen_by_the_speeds_of_the_gpu_that_is_planned_for(gpu: str
 
     def settle(*options: str) -> str | None:
         argv = ["--job.config_file", str(DEBUG_CONFIG), "--model.converters", "float8", *options]
-        return settle_float8(load_config(argv).config, GPUS[gpu]).quantize.linear.float8.speed_table
+        return settle_float8(load_config(argv).config.quantize, GPUS[gpu]).linear.float8.speed_table
 
     chosen = settle(f"{FLOAT8}.filter_fqns", "auto_filter_by_speed")
     assert chosen is not None
