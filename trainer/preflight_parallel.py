@@ -99,13 +99,21 @@ def _check_tensor_parallel(model: Model, parallelism: ParallelismConfig) -> Iter
     if getattr(model.args, "n_shared_experts", 0):
         widths["n_shared_experts x moe_hidden_dim"] = model.args.n_shared_experts * model.args.moe_hidden_dim
 
+    dim, vocabulary = (getattr(model.args, name, None) or 0 for name in ("dim", "vocab_size"))
+
+    def cuts_vocabulary(candidate: int) -> bool:
+        return vocabulary % candidate == 0 or dim % candidate == 0  # by rows, or else kept by columns
+
     def fits(candidate: int) -> bool:
         # Fewer key and value heads than ranks are repeated, each for the same number of ranks.
         kv_heads_fit = kv_heads % candidate == 0 or candidate % kv_heads == 0
-        return heads % candidate == 0 and kv_heads_fit and not any(width % candidate for width in widths.values())
+        widths_fit = not any(width % candidate for width in widths.values()) and cuts_vocabulary(candidate)
+        return heads % candidate == 0 and kv_heads_fit and widths_fit
 
     if heads and not fits(degree):
         feed_forward = "".join(f", divide {name} = {width}" for name, width in widths.items() if width)
+        if not cuts_vocabulary(degree):
+            feed_forward += f", divide vocab_size = {vocabulary} or dim = {dim}"
         message = (
             f"{TP} = {degree}: must divide n_heads = {heads} of {model.name}{feed_forward}, and divide n_kv_heads = {kv_heads} "
             f"or be a multiple of it. Use {format_choices(d for d in range(1, heads + 1) if fits(d))}."

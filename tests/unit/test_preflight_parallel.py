@@ -245,6 +245,16 @@ def test_experts_too_narrow_to_be_cut_are_refused():
     assert str(problem).startswith(f"{ETP} = 2: moe_hidden_dim = 24 of it must be a multiple of 2 x 8")
 
 
+def test_vocabulary_that_can_be_cut_neither_by_rows_nor_by_columns_is_refused():
+    spec = registry.get_model_spec("deepseek_v3")
+    args = dataclasses.replace(spec.get_args("debugmodel"), dim=264, n_heads=16, vocab_size=2056)
+    (problem,) = find_parallel_model_problems(
+        Model(args, spec.build_plan(args), "it"), ParallelismConfig(tensor_parallel_degree=16)
+    )
+    assert "divide vocab_size = 2056 or dim = 264" in str(problem)
+    assert str(problem).endswith("Use 1, 2, 4 or 8.")
+
+
 def test_group_limits_that_cannot_hold_are_refused(register):
     with pytest.raises(ValueError, match="n_limited_groups"):
         dataclasses.replace(registry.get_model_spec("deepseek_v3").get_args("debugmodel"), n_limited_groups=5)

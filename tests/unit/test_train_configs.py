@@ -88,7 +88,8 @@ def test_torchtitan_config_loads_unchanged(path, monkeypatch, tmp_path):
     loaded = load_config(["--job.config_file", str(path)])
     assert loaded.problems == []
     assert loaded.warnings == []
-    problems, warnings = find_problems(loaded.config, world_size=8)
+    # Twice the ranks of the 405B file's tensor parallelism, so that there is something to shard over.
+    problems, warnings = find_problems(loaded.config, world_size=16)
     assert [key for problem in problems for key in problem.keys] == NOT_AVAILABLE[path.stem]
     assert warnings == []
     without_converters = answer(path, 8, monkeypatch, "--model.converters=", f"--job.dump_folder={tmp_path}")

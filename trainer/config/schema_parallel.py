@@ -51,7 +51,7 @@ class ParallelismConfig:
     context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
     """How ranks attend to each other's tokens. allgather: each gathers all keys and values. ring: keys and values go around, or are gathered, and are attended to part by part (see context_parallel_rotate_method). ulysses: an all-to-all gives each rank all tokens of some of the heads, so that the degree must divide the number of key and value heads."""
     context_parallel_load_balancer: Literal["headtail", "ptrr"] | None = "headtail"
-    """How a sequence is cut. headtail: each rank gets one part from the front and its mirror image from the back, so that causal attention is equal work for all; null: one contiguous part each. ulysses needs no balance, and takes contiguous parts."""
+    """How a sequence is cut. headtail: each rank gets one part from the front and its mirror image from the back, so that causal attention is equal work for all; none: one contiguous part each. ulysses needs no balance, and takes contiguous parts."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """ring: gather keys and values once (allgather), or pass them on from rank to rank while attending (alltoall), which takes less memory."""
     expert_parallel_degree: int = 1

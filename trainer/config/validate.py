@@ -27,6 +27,7 @@ from trainer.config.validate_parallel import (
     PARALLEL_WARNING_RULES,
     find_batch_problems,
     find_degree_problems,
+    resolve_shard_degree,
 )
 from trainer.config.validate_pipeline import PIPELINE_RULES, PIPELINE_WARNING_RULES
 from trainer.config.validate_quantize import QUANTIZE_RULES, QUANTIZE_WARNING_RULES
@@ -70,15 +71,16 @@ def find_problems(
     problems = [*find_range_problems(config), *find_refusals(config)]
     # A rule about several settings would only repeat, confusingly, that one of them is wrong in itself.
     wrong_alone = {key for problem in problems for key in problem.keys} | set(broken_keys)
+    of_world: list[Problem] = []
+    if world_size is not None and not wrong_alone.intersection(DEGREES):
+        of_world = find_degree_problems(config, world_size)
+        if not of_world:
+            config = resolve_shard_degree(config, world_size)
+            of_world = find_batch_problems(config, world_size, wrong_alone)
+            of_world += find_lent_ranks_problems(config, world_size)
     for rule in _RULES:
         problems.extend(p for p in rule(config) if not wrong_alone.intersection(p.keys))
-    if world_size is not None and not wrong_alone.intersection(DEGREES):
-        degrees = find_degree_problems(config, world_size)
-        problems.extend(degrees or find_batch_problems(config, world_size, wrong_alone))
-        if not degrees:
-            problems.extend(
-                p for p in find_lent_ranks_problems(config, world_size) if not wrong_alone.intersection(p.keys)
-            )
+    problems.extend(p for p in of_world if not wrong_alone.intersection(p.keys))
     warnings = [*find_settings_without_effect(config)]
     for rule in _WARNING_RULES:
         warnings.extend(rule(config))

@@ -3,6 +3,7 @@
 `trainer.preflight_parallel` has the rules that need the model, `validate_pipeline` those about pipeline schedules alone.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from math import prod
 
@@ -23,6 +24,8 @@ _METHOD = "parallelism.context_parallel_method"
 _ROTATE = "parallelism.context_parallel_rotate_method"
 _ASYNC_TP = "parallelism.enable_async_tensor_parallel"
 _COLLECTIVES = "parallelism.fsdp_collectives"
+_PREFETCH = "parallelism.fsdp_prefetch"
+_RESHARD = "parallelism.fsdp_reshard_after_forward"
 _WIRE = "training.gradient_wire_dtype"
 
 # Settings that say how a parallelism is done, by the degree above 1 that they need to do anything.
@@ -73,6 +76,16 @@ def find_degree_problems(config: JobConfig, world_size: int) -> list[Problem]:
         )
         return [Problem(message, DEGREES)]
     return []
+
+
+def resolve_shard_degree(config: JobConfig, world_size: int) -> JobConfig:
+    """Return the configuration with a shard degree of -1 replaced by what the others leave. They must fit the processes."""
+    section = config.parallelism
+    if section.data_parallel_shard_degree != -1:
+        return config
+    others = prod(get_value(config, key) for key in DEGREES if key != SHARD)
+    resolved = dataclasses.replace(section, data_parallel_shard_degree=world_size // others)
+    return dataclasses.replace(config, parallelism=resolved)
 
 
 def find_batch_problems(config: JobConfig, world_size: int, wrong_alone: Collection[str]) -> list[Problem]:
@@ -196,7 +209,7 @@ def _check_gradient_wire(config: JobConfig) -> Iterator[Problem]:
 
 
 def _shards(config: JobConfig) -> bool:
-    """Whether FSDP may shard weights, as far as it is known without the number of processes."""
+    """Whether FSDP shards weights. A shard degree of -1, which only the number of processes resolves, may."""
     return config.parallelism.data_parallel_shard_degree != 1 or config.parallelism.context_parallel_degree > 1
 
 
@@ -223,9 +236,15 @@ def _warn_parallel(config: JobConfig) -> Iterator[Problem]:
         yield Problem(message, (_ROTATE, _METHOD))
     if _shards(config):
         return
+    replicates = section.data_parallel_replicate_degree > 1
+    # Tensor parallelism has FSDP shard experts over its ranks.
+    is_whole = section.tensor_parallel_degree == 1
     unused = {
         _COLLECTIVES: section.fsdp_collectives == "copy_engine",
-        _WIRE: config.training.gradient_wire_dtype is not None and section.data_parallel_replicate_degree == 1,
+        _WIRE: config.training.gradient_wire_dtype is not None and not replicates,
+        _PREFETCH: section.fsdp_prefetch > 0 and is_whole,
+        # Without replicas it still says when copies in another dtype are freed.
+        _RESHARD: section.fsdp_reshard_after_forward != "default" and is_whole and replicates,
     }
     for key in (key for key, is_set in unused.items() if is_set):
         message = f"{key} = {get_value(config, key)} has no effect: {SHARD} and {CP} are 1, so that no weight is sharded by FSDP."

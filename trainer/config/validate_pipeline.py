@@ -26,6 +26,7 @@ _LESS_LAYERS = (
     "parallelism.pipeline_parallel_first_stage_less_layers",
     "parallelism.pipeline_parallel_last_stage_less_layers",
 )
+_IMPLEMENTATION = "parallelism.data_parallel_implementation"
 _MICROBATCH = "parallelism.pipeline_parallel_microbatch_size"
 _LOCAL_BATCH = "training.local_batch_size"
 
@@ -47,7 +48,10 @@ def _find_obstacle(config: JobConfig) -> str | None:
     mode = config.activation_checkpoint.mode
     if mode != "none":
         return f"activation_checkpoint.mode = {mode}"
-    return "compile.enable = true" if compiles_model(config) else None
+    if compiles_model(config):
+        return "compile.enable = true"
+    simple = config.parallelism.data_parallel_implementation == "simple_fsdp"
+    return f"{_IMPLEMENTATION} = simple_fsdp" if simple else None
 
 
 REFUSED_WITH_SPLIT_BACKWARD: tuple[Conflict, ...] = (
@@ -175,7 +179,7 @@ def _warn_whole_backward(config: JobConfig) -> Iterator[Problem]:
                 f"{SCHEDULE} = {spec.name}: gradients of weights are computed together with those of inputs, and do not fill "
                 f"waiting times: {obstacle} leaves a block with one whole backward pass. Without that they would."
             )
-            keys = (SCHEDULE, SCHEDULE_CSV, "activation_checkpoint.mode", "compile.enable")
+            keys = (SCHEDULE, SCHEDULE_CSV, "activation_checkpoint.mode", "compile.enable", _IMPLEMENTATION)
             yield Problem(message, keys)
 
 

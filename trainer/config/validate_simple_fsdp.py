@@ -39,6 +39,11 @@ def _check_company(config: JobConfig) -> Iterator[Problem]:
             "each backward pass reduces its gradients. Use auto or sharded",
         ),
         (
+            "training.gradient_wire_dtype",
+            config.training.gradient_wire_dtype is not None,
+            "it reduces by the process group's own reduce-scatter. Leave it out",
+        ),
+        (
             "parallelism.enable_async_tensor_parallel",
             section.enable_async_tensor_parallel and section.tensor_parallel_degree > 1,
             "inductor's pass for it was never tried on graphs that gather weights. Use false",

@@ -8,7 +8,10 @@ from trainer.config.validate import find_problems
 TP = "parallelism.tensor_parallel_degree"
 CP = "parallelism.context_parallel_degree"
 PP = "parallelism.pipeline_parallel_degree"
+REPLICATE = "parallelism.data_parallel_replicate_degree"
 SHARD = "parallelism.data_parallel_shard_degree"
+PREFETCH = "parallelism.fsdp_prefetch"
+RESHARD = "parallelism.fsdp_reshard_after_forward"
 METHOD = "parallelism.context_parallel_method"
 BALANCER = "parallelism.context_parallel_load_balancer"
 ROTATE = "parallelism.context_parallel_rotate_method"
@@ -152,6 +155,8 @@ def test_detail_of_a_parallelism_that_is_off_is_warned_about(key, value, degree)
         ({CP: 2, ROTATE: "alltoall"}, ROTATE),
         ({CP: 2, METHOD: "ulysses", ROTATE: "alltoall"}, ROTATE),
         ({SHARD: 1, "parallelism.fsdp_collectives": "copy_engine"}, "parallelism.fsdp_collectives"),
+        ({SHARD: 1, PREFETCH: 2}, PREFETCH),
+        ({SHARD: 1, REPLICATE: 2, RESHARD: "always"}, RESHARD),
     ],
 )
 def test_setting_that_another_leaves_without_effect_is_warned_about(settings, key):
@@ -248,3 +253,12 @@ def test_gradients_in_float8_need_the_process_group_and_shards():
     assert "leaves replicas, whose gradients are all-reduced" in problem
     _, (warning,) = find(WIRE | {SHARD: 1})
     assert "training.gradient_wire_dtype = float8 has no effect" in warning
+
+
+def test_shard_degree_that_the_number_of_processes_makes_1_counts_as_such():
+    assert find(WIRE | {REPLICATE: 2}, world_size=4) == ([], [])
+    (problem,), _ = find(WIRE | {REPLICATE: 2}, world_size=2)
+    assert "leaves replicas, whose gradients are all-reduced" in problem
+    assert find({REPLICATE: 2, PREFETCH: 2}, world_size=4) == ([], [])
+    _, (warning,) = find({REPLICATE: 2, PREFETCH: 2}, world_size=2)
+    assert warning.startswith(f"{PREFETCH} = 2 has no effect: {SHARD} and ")

@@ -186,6 +186,13 @@ def test_backward_pass_that_recomputation_keeps_whole_is_warned_about(mode):
     assert find({**settings, SCHEDULE: "Interleaved1F1B"}) == ([], [])
 
 
+def test_backward_pass_that_simple_fsdp_keeps_whole_is_warned_about():
+    simple = "parallelism.data_parallel_implementation"
+    problems, warnings = find({SCHEDULE: "ZBVZeroBubble", simple: "simple_fsdp"})
+    assert problems == []
+    assert any(warning.startswith(f"{SCHEDULE} = ") and f"{simple} = simple_fsdp" in warning for warning in warnings)
+
+
 def test_loss_may_be_compiled_beside_a_split_backward_pass():
     assert find({SCHEDULE: "ZBVZeroBubble", "compile.enable": "true", "compile.components": "loss"}) == ([], [])
 

@@ -18,6 +18,7 @@ FLOAT8 = {"model.converters": '["float8"]'}
         ({**SIMPLE, "training.enable_cpu_offload": "true"}, "training.enable_cpu_offload"),
         ({**SIMPLE, "parallelism.fsdp_collectives": "copy_engine"}, "parallelism.fsdp_collectives"),
         ({**SIMPLE, "parallelism.fsdp_accumulation": "unsharded"}, "parallelism.fsdp_accumulation"),
+        ({**SIMPLE, "training.gradient_wire_dtype": "float8"}, "training.gradient_wire_dtype"),
         (
             {**SIMPLE, **COMPILE, TP: 2, "parallelism.enable_async_tensor_parallel": "true"},
             "parallelism.enable_async_tensor_parallel",
