@@ -87,8 +87,9 @@ def reduce_scatter(x: Tensor, dim: int, axis: TensorAxis) -> Tensor:
     outer = x.shape[:dim]
     if outer.numel() == 1 and not axis.fusible:
         whole = x.reshape(x.shape[dim:]).contiguous()
-        scattered = _ops.reduce_scatter_tensor(whole, "sum", axis.degree, axis.group_name)
-        return _ops.wait_tensor(scattered).view(*outer, -1, *x.shape[dim + 1 :])
+        scattered = _ops.wait_tensor(_ops.reduce_scatter_tensor(whole, "sum", axis.degree, axis.group_name))
+        # No view to autograd: FSDP2 warns of one that the embedding's unit returns (torch 2.13).
+        return torch.ops.aten._unsafe_view(scattered, [*outer, -1, *x.shape[dim + 1 :]])
     parts = torch.cat(x.chunk(axis.degree, dim=dim))
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", axis.degree, axis.group_name))
 
