@@ -45,6 +45,11 @@ MAY_NAME_JOB_CONFIG = {
 }
 MAY_READ_ENVIRONMENT = {"trainer/train.py"}
 ENVIRONMENT_SETTERS = {"setdefault", "update"}
+# Calls that make meshes and process groups, and the one place of each. Checkpoints talk on the host, beside training.
+ONLY_IN = {
+    **dict.fromkeys(("init_device_mesh", "DeviceMesh", "_unflatten"), "trainer/distributed/parallel_dims.py"),
+    "new_group": "trainer/components/checkpoint_ranks.py",
+}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 LONGER_FUNCTIONS = {("trainer/trainer.py", "Trainer.__init__"): 80}
@@ -183,6 +188,10 @@ def find_naming_faults(root: Path) -> Iterator[str]:
         name = source.path.split("/")
         if source.is_package and source.text.strip() and not (name[0] == "models" and len(name) == 3):
             yield f"{source.path}: package files stay empty"
+        for node, _ in source.nodes():
+            called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if source.path != ONLY_IN.get(called, source.path):
+                yield f"{source.path}:{node.lineno}: {called} is called in {ONLY_IN[called]} alone"
 
 
 def find_environment_reads(source: Source) -> Iterator[str]:
@@ -322,6 +331,8 @@ def test_checker_accepts_a_tree_that_keeps_the_rules(tmp_path):
         ("trainer/components/bad.py", "import os\nx = dict(os.environ)\n", "bad.py:2: the environment is read"),
         ("trainer/components/bad.py", "import os\nx = os.getenv('A')\n", "bad.py:2: the environment is read"),
         ("trainer/components/bad.py", "from os import environ\n", "bad.py:1: the environment is read"),
+        ("trainer/components/bad.py", "m = init_device_mesh('cpu', (2,))\n", "bad.py:1: init_device_mesh is called in"),
+        ("trainer/distributed/bad.py", "def f(dist):\n    dist.new_group()\n", "bad.py:2: new_group is called in"),
         ("trainer/components/__init__.py", "x = 1\n", "trainer/components/__init__.py: package files stay empty"),
         ("models/__init__.py", "x = 1\n", "models/__init__.py: package files stay empty"),
         ("models/llama3/deep/__init__.py", "x = 1\n", "package files stay empty"),
