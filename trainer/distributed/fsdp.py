@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from models.plan import ParallelPlan, match_modules
+from trainer.config.errors import UserError
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.schema_training import TrainingConfig
 from trainer.distributed.copy_engine import agree_on_obstacle, apply_copy_engine, find_obstacle
@@ -44,8 +45,8 @@ def apply_data_parallel(
     a mesh of one, so that mixed precision is the same; without a process group only plain fp32 is left to do: nothing.
 
     Raises:
-        ValueError: a glob of the plan matches nothing, mixed precision is asked for without a process group, or copy engines
-            or gradients in float8 where they cannot be used.
+        ValueError: a glob of the plan matches nothing, mixed precision is asked for without a process group, or (`UserError`)
+            copy engines or gradients in float8 where they cannot be used.
     """
     if not dims.has_mesh:
         refuse_mixed_precision(training)
@@ -92,7 +93,7 @@ def _send_float8_gradients(
         return
     device = torch.device(dims.mesh("fsdp").device_type)
     if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise ValueError(
+        raise UserError(
             f"training.gradient_wire_dtype = 'float8' needs GPUs of compute capability 8.9 or later, and this is "
             f"{torch.cuda.get_device_name()}. Leave it out"
         )
@@ -127,7 +128,7 @@ def _use_copy_engine(
     obstacle = agree_on_obstacle(find_obstacle(mesh.get_group()), device)
     if obstacle is not None:
         if parallelism.fsdp_collectives == "copy_engine":
-            raise ValueError(
+            raise UserError(
                 f"parallelism.fsdp_collectives = 'copy_engine' cannot be used: {obstacle}. Use 'nccl', or shard within hosts by "
                 "parallelism.data_parallel_shard_degree and data_parallel_replicate_degree"
             )

@@ -25,6 +25,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from models.plan import ParallelPlan
+from trainer.config.errors import UserError
 from trainer.config.schema_training import TrainingConfig
 from trainer.distributed.fsdp import find_experts, get_expert_placement, refuse_mixed_precision
 from trainer.distributed.parallel_dims import ParallelDims
@@ -78,11 +79,11 @@ def check_even_shards(model: nn.Module) -> None:
     """Check that all ranks have as much of each weight, and thereby the same graphs.
 
     Raises:
-        ValueError: they have not. Each would then order collectives by estimates of its own: they hang, or mix up weights.
+        UserError: they have not. Each would then order collectives by estimates of its own: they hang, or mix up weights.
     """
     uneven = [f"{name} over {x.shards}" for name, x in list_layouts(model).items() if x.size % x.shards]
     if uneven:
-        raise ValueError(
+        raise UserError(
             f"compile.graph_passes = 'auto_bucketing' needs shards of equal size, and ranks cannot share {', '.join(uneven[:4])}"
             f"{' and others' if len(uneven) > 4 else ''} evenly. Use 'transformer_block_bucketing' or 'none', or another "
             "parallelism.data_parallel_shard_degree"

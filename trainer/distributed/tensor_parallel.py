@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from models.common.output import LossFunction
 from models.common.router import Router
 from models.plan import ParallelPlan, match_modules
+from trainer.config.errors import UserError
 from trainer.distributed.sequence_collectives import sum_counts
 from trainer.distributed.tensor_collectives import (
     TensorAxis,
@@ -57,7 +58,7 @@ def apply_tensor_parallel(
 
     Raises:
         ValueError: an unknown style, a glob that matches nothing, a parameter without a style, sizes that cannot be
-            cut, or `async_tp` where it cannot be had.
+            cut, or (`UserError`) `async_tp` where it cannot be had.
     """
     styles = STYLES if styles is None else styles
     unknown = sorted(set(plan.tp.values()) - styles.keys())
@@ -87,7 +88,7 @@ def _enable_async_tensor_parallel(mesh: DeviceMesh, compiles_blocks: bool) -> No
     The fused kernels exchange pieces through memory that all GPUs of the group can reach (NVLink).
     """
     if mesh.device_type != "cuda" or not compiles_blocks:
-        raise ValueError(
+        raise UserError(
             "parallelism.enable_async_tensor_parallel = true is the compiler's work, on CUDA only: it needs "
             f"compile.enable with 'model' in compile.components, and not the device type {mesh.device_type!r}"
         )
