@@ -165,7 +165,7 @@ LARGER_SETS = (
     ("ep", "etp", "fsdp", "ac_full"),
     ("ep", "tp", "cp_allgather", "documents"),
     ("ep", "cp_allgather", "documents", "compile", "ac_op"),
-    ("ep", "cp_ulysses", "fsdp", "accumulation"),
+    ("ep", "cp_ulysses", "fsdp", "documents", "accumulation"),
     ("ep", "pp_dualpipev", "fsdp", "ac_op"),
     # What torchtitan lists for SimpleFSDP, in as few runs as show it.
     ("simple", "hsdp", "tied", "accumulation", "ac_op"),
