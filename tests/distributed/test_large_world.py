@@ -44,7 +44,7 @@ def parallelize_405b(rank: int) -> tuple[list[str], int, dict[str, tuple[int, ..
 
 @pytest.mark.parametrize("rank", [0, 12_345, WORLD_SIZE - 1])
 def test_405b_is_spread_over_16384_ranks(rank: int) -> None:
-    names, local_elements, meshes = run_distributed(parallelize_405b, 1, rank)[0]
+    names, local_elements, meshes = run_distributed(parallelize_405b, 1, rank, timeout=60.0)[0]
     ranks_of_stage = WORLD_SIZE // PP
     stage, place = divmod(rank, ranks_of_stage)
     assert meshes["tp"] == tuple(range(rank // TP * TP, rank // TP * TP + TP))
