@@ -30,6 +30,7 @@ from trainer.config.schedule_actions import (
     join_backward,
 )
 from trainer.config.schema_parallel import ParallelismConfig
+from trainer.distributed import transfers
 from trainer.distributed.fsdp import Accumulation
 from trainer.distributed.pipeline_orders import build_order, find_overlapping
 from trainer.distributed.pipeline_stages import Stage
@@ -310,8 +311,8 @@ class _Pass:
                 TURNS.run(step, beside, self.activations.device)
             else:
                 step()
-        for work, _ in self._sending:
-            work.wait()
+        for work, tensor in self._sending:
+            transfers.send(work, tensor, self.group)
         undone = [*self._saved, *self._arrived, *self._departing]
         assert not undone, f"the schedule left something undone: {undone}"
         return self.loss
@@ -433,7 +434,7 @@ class _Pass:
         """Return what was handed to a stage, and wait for it where it comes from another rank."""
         tensor, work = self._arrived.pop((kind, stage, microbatch))
         if work is not None:
-            work.wait()
+            transfers.recv(work, tensor, self.group)
         return tensor
 
     def _send(self, action: Action) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from trainer.distributed.sequence_split import SequenceSplit
+from trainer.distributed.transfers import recv
 
 # torch 2.13 has a new name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -82,7 +83,7 @@ def start_passing_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Cal
 
     def wait() -> list[Tensor]:
         for work in works:
-            work.wait()
+            recv(work, arrived[0], group)
         return arrived
 
     return wait

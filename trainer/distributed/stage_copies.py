@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainer.distributed import transfers
 from trainer.distributed.pipeline_stages import Stage
 from trainer.distributed.weight_init import materialize
 
@@ -63,8 +64,8 @@ class StageCopies:
             self._send(gradients, self._first_rank)
         for copy in self._copies:
             copy.grad = None
-        for work, _ in self._sending:
-            work.wait()
+        for work, tensor in self._sending:
+            transfers.send(work, tensor, self.group)
         self._sending = []
 
     def _send(self, tensors: Sequence[Tensor], rank: int) -> None:
@@ -82,7 +83,7 @@ class StageCopies:
         if buffer.numel():
             work = dist.irecv(buffer, group=self.group, group_src=rank)
             assert work is not None, "this rank is in the group"
-            work.wait()
+            transfers.recv(work, buffer, self.group)
         return buffer
 
 

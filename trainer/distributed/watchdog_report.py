@@ -22,11 +22,15 @@ _TORCH = Path(torch.__file__).parent
 _STDLIB = sysconfig.get_path("stdlib")
 _HERE = str(Path(__file__).with_name("watchdog"))
 # A frame of one of these files, with nothing of the caller's inside it, is in a collective.
-_COLLECTIVE_FILES = tuple(
-    str(_TORCH / "distributed" / name)
-    for name in ("distributed_c10d.py", "_functional_collectives.py", "rendezvous.py", "c10d_logger.py")
+_DECORATOR_FILE = str(_TORCH / "distributed/c10d_logger.py")
+_COLLECTIVE_FILES = (
+    *(
+        str(_TORCH / "distributed" / f"{name}.py")
+        for name in ("distributed_c10d", "_functional_collectives", "rendezvous")
+    ),
+    _DECORATOR_FILE,
+    str(Path(__file__).with_name("transfers.py")),
 )
-_DECORATOR_FILE = _COLLECTIVE_FILES[-1]
 # What the flight recorder calls by a name that no caller has written.
 _WRITTEN_NAMES = {
     "_all_gather_base": "all_gather_into_tensor",
