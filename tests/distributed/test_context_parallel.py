@@ -243,7 +243,13 @@ def _reference(documents: bool) -> Outcome:
     return run_reference(Case("reference", documents=documents, base=MODEL))
 
 
-@pytest.mark.parametrize("case", list_parameters(CASES, exhaustive=["allgather_cp2_compile_inductor_ac_op"]))
+@pytest.mark.parametrize(
+    "case",
+    list_parameters(
+        CASES,
+        exhaustive=["allgather_cp2_compile_inductor_ac_op", "ring_cp2_compile_ac_full", "ulysses_cp2_compile_ac_op"],
+    ),
+)
 def test_run_equals_one_process(case: Case) -> None:
     expected = _reference(case.documents)
     for rank, actual in enumerate(run_distributed(run_case, case.world_size, case, timeout=240.0, reuse=True)):

@@ -74,7 +74,19 @@ def _reference(base: Any) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "case", list_parameters(CASES, exhaustive=("ep2_fsdp2_hsdp", "tp2_ddp2_ep1", "ep2_accumulate_unsharded"))
+    "case",
+    list_parameters(
+        CASES,
+        exhaustive=(
+            "ep2_fsdp2_hsdp",
+            "ep2_hsdp",
+            "tp2_ddp2_ep1",
+            "tp2_plain_queries",
+            "ep2_accumulate_unsharded",
+            "ep2_accumulate_sharded",
+            "ep2_offload",
+        ),
+    ),
 )
 def test_equals_one_process_with_a_loop_over_experts(case: Case) -> None:
     outcomes = run_distributed(run_case, case.world_size, case, reuse=True)

@@ -72,12 +72,16 @@ def _case8(name: str, **float8: Any) -> Case:
 CASES = [
     (Case("fp32", 2), {}),
     (Case("bf16", 2, training=BF16), {}),
-    (Case("bf16_both", 2, training={**BF16, "mixed_precision_reduce": "bfloat16"}), {}),
+    pytest.param(
+        Case("bf16_both", 2, training={**BF16, "mixed_precision_reduce": "bfloat16"}), {}, marks=pytest.mark.exhaustive
+    ),
     (Case("ddp", 2, DDP2), {}),
-    (Case("accumulation", 2, {"fsdp_accumulation": "sharded"}, microbatches=2), {}),
+    pytest.param(
+        Case("accumulation", 2, {"fsdp_accumulation": "sharded"}, microbatches=2), {}, marks=pytest.mark.exhaustive
+    ),
     (Case("blocks", 2, training=BF16, base=SHALLOWEST), BLOCKS),
     (Case("whole", 2, base=SHALLOWEST, chunk_size=70), JOINED),
-    (_case8("float8"), {}),
+    pytest.param(_case8("float8"), {}, marks=pytest.mark.exhaustive),
     (_case8("float8_gather", **GATHER8), {}),
     pytest.param(_case8("float8_precompute", **PRECOMPUTE), JOINED, marks=pytest.mark.exhaustive),
     (_case8("float8_delayed", **GATHER8, recipe_name="delayed", delayed_warmup_steps=1), {}),
@@ -135,6 +139,7 @@ ROWS = (
 )
 
 
+@pytest.mark.exhaustive
 def test_passes_free_join_and_order_collectives() -> None:
     cases = [
         Case("case", 2, {"fsdp_reshard_after_forward": reshard, **SIMPLE}, compile=settings, base=EVEN)
@@ -168,6 +173,7 @@ def _list_gradients(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
     return gradients
 
 
+@pytest.mark.exhaustive
 def test_inductor_comes_as_near_as_rounding() -> None:
     compilation = {**JOINED, "backend": "inductor"}
     cases = [Case("simple", 2, SIMPLE, compile=compilation, base=SHALLOWEST), Case("fsdp2", 2, base=SHALLOWEST)]

@@ -64,7 +64,10 @@ def test_run_writes_metrics_curves_and_summary_and_learns(run: Run) -> None:
     [
         ["--optimizer.name=Muon", "--optimizer.muon.lr=0.02"],
         ["--optimizer.name=Momentum", "--optimizer.lr=0.3", "--training.max_norm=0"],  # the user's
-        ["--optimizer.name=AdamW", "--optimizer.implementation=foreach", "--optimizer.no_decay", "*norm*"],
+        pytest.param(
+            ["--optimizer.name=AdamW", "--optimizer.implementation=foreach", "--optimizer.no_decay", "*norm*"],
+            marks=pytest.mark.exhaustive,
+        ),
         ["--optimizer.state_dtype=float8", "--training.gradient_wire_dtype=float8"],
     ],
     ids=lambda words: words[0].partition("=")[2],

@@ -79,7 +79,7 @@ def assert_trained_alike(accounts: list[Account], reference: Account) -> None:
         torch.testing.assert_close(trained[parameter], expected, rtol=1e-3, atol=1e-5, msg=parameter)
 
 
-@pytest.mark.parametrize("name", mark(SPREAD, "cp-ulysses", "fsdp-cp-compiled"))
+@pytest.mark.parametrize("name", mark(SPREAD, "tp", "cp-ulysses", "fsdp-cp-compiled"))
 def test_run_is_that_of_one_process(one_process: tuple[Run, list], start: Starter, name: str) -> None:
     whole, (reference,) = one_process
     run, accounts = start(*spread(name))

@@ -88,6 +88,7 @@ def test_first_cause_stands_on_top_and_all_end(run: Run, action, words: str) -> 
             ["--parallelism.pipeline_parallel_degree=2"],
             "stopped by a signal or a debugger. Rank 0 waits in recv",
             id="frozen-stage",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(Fault("data", stall, 3, ranks=(1,)), [], "waits for its data", id="slow-data"),
     ],

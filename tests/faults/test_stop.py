@@ -48,8 +48,16 @@ def run(cache: Run, request) -> Run:
             "SIGTERM",
             4,
             id="term-one-tensor-parallel-rank",
+            marks=pytest.mark.exhaustive,
         ),
-        pytest.param(Fault("forward", send_usr1, 3, ranks=(0, 1)), [], "SIGUSR1", 4, id="usr1-all-ranks"),
+        pytest.param(
+            Fault("forward", send_usr1, 3, ranks=(0, 1)),
+            [],
+            "SIGUSR1",
+            4,
+            id="usr1-all-ranks",
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(Fault("forward", send_both, 3, ranks=(0, 1)), [], "SIGUSR1", 4, id="usr1-then-term-twice"),
         pytest.param(Fault("save", send_term_twice, 2, ranks=(1,)), [], "SIGTERM", 2, id="in-a-save"),
         pytest.param(
