@@ -21,12 +21,12 @@ from trainer.config.schedules import (
 from trainer.config.schema import JobConfig
 from trainer.config.schema_parallel import ParallelismConfig
 from trainer.config.validate_parallel import PP, compiles_model, list_multiples_near
+from trainer.config.validate_simple_fsdp import IMPLEMENTATION, is_simple
 
 _LESS_LAYERS = (
     "parallelism.pipeline_parallel_first_stage_less_layers",
     "parallelism.pipeline_parallel_last_stage_less_layers",
 )
-_IMPLEMENTATION = "parallelism.data_parallel_implementation"
 _MICROBATCH = "parallelism.pipeline_parallel_microbatch_size"
 _LOCAL_BATCH = "training.local_batch_size"
 
@@ -50,8 +50,7 @@ def _find_obstacle(config: JobConfig) -> str | None:
         return f"activation_checkpoint.mode = {mode}"
     if compiles_model(config):
         return "compile.enable = true"
-    simple = config.parallelism.data_parallel_implementation == "simple_fsdp"
-    return f"{_IMPLEMENTATION} = simple_fsdp" if simple else None
+    return f"{IMPLEMENTATION} = simple_fsdp" if is_simple(config) else None
 
 
 REFUSED_WITH_SPLIT_BACKWARD: tuple[Conflict, ...] = (
@@ -179,7 +178,7 @@ def _warn_whole_backward(config: JobConfig) -> Iterator[Problem]:
                 f"{SCHEDULE} = {spec.name}: gradients of weights are computed together with those of inputs, and do not fill "
                 f"waiting times: {obstacle} leaves a block with one whole backward pass. Without that they would."
             )
-            keys = (SCHEDULE, SCHEDULE_CSV, "activation_checkpoint.mode", "compile.enable", _IMPLEMENTATION)
+            keys = (SCHEDULE, SCHEDULE_CSV, "activation_checkpoint.mode", "compile.enable", IMPLEMENTATION)
             yield Problem(message, keys)
 
 
